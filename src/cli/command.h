@@ -1,0 +1,20 @@
+// A command of the program: one file each, which parses, calls and prints.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace flexchat {
+
+using Words = std::vector<std::string>;  // the words after the command's own name
+
+// Each returns the exit code: 0 pass, 1 a check failed, 2 bad usage or input (normally thrown as Error).
+int cmd_train(const Words& words);
+int cmd_generate(const Words& words);
+int cmd_eval(const Words& words);
+int cmd_verify(const Words& words);
+int cmd_tokenizer(const Words& words);
+int cmd_bench(const Words& words);
+int cmd_info(const Words& words);
+
+}  // namespace flexchat
