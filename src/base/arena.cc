@@ -40,7 +40,8 @@ void* HostArena::allocate(size_t bytes) {
     block = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
     if (!block) {
       fail_run("out of memory: asked for {}, {} in use, {} held", format_bytes(static_cast<double>(bytes)),
-               format_bytes(static_cast<double>(stats_.in_use)), format_bytes(static_cast<double>(stats_.reserved)));
+               format_bytes(static_cast<double>(stats_.in_use)),
+               format_bytes(static_cast<double>(stats_.reserved)));
     }
     if (size >= kHugePage) madvise(block, size, MADV_HUGEPAGE);  // fewer TLB misses when streaming weights
     stats_.reserved += size;

@@ -78,27 +78,43 @@ f16_t to_f16(float x) {
 
 double load_element(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::f64: return at<double>(data, i);
-    case DType::f32: return at<float>(data, i);
-    case DType::bf16: return to_float(at<bf16_t>(data, i));
-    case DType::f16: return to_float(at<f16_t>(data, i));
-    case DType::i64: return static_cast<double>(at<int64_t>(data, i));
-    case DType::i32: return at<int32_t>(data, i);
-    case DType::u8: return at<uint8_t>(data, i);
-    default: fail("no scalar conversion from {}", dtype_name(dtype));
+    case DType::f64:
+      return at<double>(data, i);
+    case DType::f32:
+      return at<float>(data, i);
+    case DType::bf16:
+      return to_float(at<bf16_t>(data, i));
+    case DType::f16:
+      return to_float(at<f16_t>(data, i));
+    case DType::i64:
+      return static_cast<double>(at<int64_t>(data, i));
+    case DType::i32:
+      return at<int32_t>(data, i);
+    case DType::u8:
+      return at<uint8_t>(data, i);
+    default:
+      fail("no scalar conversion from {}", dtype_name(dtype));
   }
 }
 
 void store_element(void* data, DType dtype, int64_t i, double value) {
   switch (dtype) {
-    case DType::f64: return put(data, i, value);
-    case DType::f32: return put(data, i, static_cast<float>(value));
-    case DType::bf16: return put(data, i, to_bf16(static_cast<float>(value)));
-    case DType::f16: return put(data, i, to_f16(static_cast<float>(value)));
-    case DType::i64: return put(data, i, static_cast<int64_t>(value));
-    case DType::i32: return put(data, i, static_cast<int32_t>(value));
-    case DType::u8: return put(data, i, static_cast<uint8_t>(value));
-    default: fail("no scalar conversion to {}", dtype_name(dtype));
+    case DType::f64:
+      return put(data, i, value);
+    case DType::f32:
+      return put(data, i, static_cast<float>(value));
+    case DType::bf16:
+      return put(data, i, to_bf16(static_cast<float>(value)));
+    case DType::f16:
+      return put(data, i, to_f16(static_cast<float>(value)));
+    case DType::i64:
+      return put(data, i, static_cast<int64_t>(value));
+    case DType::i32:
+      return put(data, i, static_cast<int32_t>(value));
+    case DType::u8:
+      return put(data, i, static_cast<uint8_t>(value));
+    default:
+      fail("no scalar conversion to {}", dtype_name(dtype));
   }
 }
 

@@ -10,9 +10,9 @@ namespace flexchat {
 
 enum class DType : uint8_t { f64, f32, bf16, f16, f8e4m3, f8e5m2, i64, i32, u8 };
 
-int64_t dtype_size(DType dtype);            // bytes of one element
-std::string_view dtype_name(DType dtype);   // "f32"
-DType parse_dtype(std::string_view name);   // throws Error naming the allowed words
+int64_t dtype_size(DType dtype);           // bytes of one element
+std::string_view dtype_name(DType dtype);  // "f32"
+DType parse_dtype(std::string_view name);  // throws Error naming the allowed words
 constexpr bool is_float(DType d) { return d <= DType::f8e5m2; }
 
 // bfloat16: the upper half of an f32, rounded to nearest even.

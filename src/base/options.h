@@ -12,7 +12,8 @@
 //   };
 //
 // The value a target holds when it is declared is its default. JSON keys are the option names with '_' for
-// '-' ("device_batch_size").
+// '-' ("device_batch_size"). A call that throws changes no target. A value set later replaces an earlier one,
+// from whichever source, so a command that reads a config file loads it before it parses the words.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,7 @@ class Option {
  public:
   using Target = std::variant<bool*, int64_t*, double*, std::string*, std::vector<std::string>*,
                               std::optional<int64_t>*, std::optional<double>*, std::optional<std::string>*>;
-  Option(std::string name, Target target, std::string help)
-      : name_(std::move(name)), help_(std::move(help)), target_(target) {}
+  Option(std::string name, Target target, std::string help);
 
   Option& choices(std::vector<std::string> words);  // string options: the allowed words
   Option& at_least(double minimum);                 // numeric options
@@ -43,7 +43,25 @@ class Option {
 
  private:
   friend class Options;
-  std::string name_, help_, group_;
+  using Value = std::variant<std::monostate, bool, int64_t, double, std::string, std::vector<std::string>>;
+
+  bool is_positional() const { return name_[0] != '-'; }
+  bool is_flag() const { return std::holds_alternative<bool*>(target_); }
+  bool is_list() const { return std::holds_alternative<std::vector<std::string>*>(target_); }
+  bool is_integer() const;
+  bool is_number() const;  // integer or floating point
+  bool is_optional() const;
+  std::string key() const;         // its name in JSON
+  std::string usage() const;       // "--depth N"
+  std::string allowed() const;     // "a whole number, at least 1"
+  std::string value_text() const;  // the present value; empty when there is none
+  Value read(const std::string& text, const std::string& where) const;  // of one word
+  Value read(const Json& json, const std::string& where) const;
+  void check_value(const Value& value, const std::string& where) const;  // choices and range
+  void assign(Value value);
+  Json to_json() const;
+
+  std::string name_, help_, group_, default_;
   Target target_;
   std::vector<std::string> choices_;
   std::optional<double> minimum_, maximum_;
@@ -57,8 +75,9 @@ class Options {
   ~Options();
 
   // Name "--long-name": bool options are flags, "--flag" and "--no-flag" (or --flag=true/false).
-  // vector<string> options take one or more words ("--data a b c") and may repeat.
-  // Name without dashes ("files"): a positional; vector<string> takes the rest.
+  // vector<string> options take one or more words ("--data a b c") and may repeat; of any other option given
+  // twice the last counts. "--name=value" works for all; a value that starts with "--" must be written so.
+  // Name without dashes ("files"): a positional; vector<string> takes the rest. After "--" all is positional.
   Option& add(std::string name, Option::Target target, std::string help);
 
   // Parses the words after the command. "--help"/"-h" prints help and returns false: the caller exits 0.
@@ -74,6 +93,16 @@ class Options {
   std::string help() const;
 
  private:
+  Option* find(const std::string& name) const;  // null when there is none
+  Option* find_flag_of(const std::string& negation) const;
+  std::vector<std::string> names() const;
+  std::string option_word(const std::vector<std::string>& words, size_t i) const;
+  std::vector<std::string> disguise(const std::vector<std::string>& words) const;
+  Option::Value read_results(const Option& option, const std::vector<std::string>& results,
+                             const std::vector<std::string>& words) const;
+  [[noreturn]] void fail_unknown(const std::string& word, const std::string& hint) const;
+  [[noreturn]] void fail_extra(const std::string& raw, const std::vector<std::string>& words) const;
+
   std::string command_, summary_;
   std::vector<std::unique_ptr<Option>> options_;
 };

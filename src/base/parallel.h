@@ -39,7 +39,7 @@ void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
   range(0);
   for (auto& worker : workers) worker.join();
 #else
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+#pragma omp parallel for num_threads(static_cast <int>(parts)) schedule(static, 1)
   for (int64_t part = 0; part < parts; ++part) range(part);
 #endif
 }

@@ -1,5 +1,5 @@
 // A progress line: rate and ETA. On a terminal one line that redraws itself (at most ten times a second);
-// otherwise plain lines, at most one every few seconds. Writes to stderr.
+// otherwise plain lines, at most one every five seconds and a last one. Writes to stderr.
 #pragma once
 
 #include <chrono>
@@ -27,7 +27,7 @@ class Progress {
   std::string label_, unit_, note_;
   int64_t total_, done_ = 0, start_done_ = -1;
   std::chrono::steady_clock::time_point start_, drawn_;
-  bool terminal_, finished_ = false, dirty_ = false;
+  bool terminal_, finished_ = false;
 };
 
 }  // namespace flexchat

@@ -91,7 +91,8 @@ std::string format_bytes(double bytes) {
 }
 
 std::string format_count(int64_t n) {
-  std::string digits = std::to_string(n < 0 ? -n : n), out;
+  std::string digits = std::to_string(n), out;
+  if (n < 0) digits.erase(0, 1);
   for (size_t i = 0; i < digits.size(); ++i) {
     if (i > 0 && (digits.size() - i) % 3 == 0) out += ',';
     out += digits[i];

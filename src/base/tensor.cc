@@ -43,8 +43,8 @@ Tensor Tensor::reshape(Shape shape) const {
 }
 
 Tensor Tensor::rows(int64_t begin, int64_t count) const {
-  check(rank() >= 1 && begin >= 0 && count >= 0 && begin + count <= dim(0), "rows [{}, {}) of a tensor {}", begin,
-        begin + count, shape_string(shape_));
+  check(rank() >= 1 && begin >= 0 && count >= 0 && begin + count <= dim(0), "rows [{}, {}) of a tensor {}",
+        begin, begin + count, shape_string(shape_));
   const int64_t row = dim(0) == 0 ? 0 : numel_ / dim(0);
   Tensor t = *this;
   t.data_ = static_cast<char*>(data_) + begin * row * dtype_size(dtype_);

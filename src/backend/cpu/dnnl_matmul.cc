@@ -1,0 +1,124 @@
+#include "backend/cpu/dnnl_matmul.h"
+
+#include <dnnl.hpp>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "base/error.h"
+
+namespace flexchat {
+namespace {
+
+using Key = std::tuple<bool, bool, int64_t, int64_t, int64_t, bool, DType>;
+
+struct Primitive {
+  dnnl::matmul primitive;
+  dnnl::memory::desc a, b, c;
+};
+
+dnnl::engine& engine() {
+  static dnnl::engine e(dnnl::engine::kind::cpu, 0);
+  return e;
+}
+
+dnnl::memory::desc describe(int64_t rows, int64_t columns, bool transposed, dnnl::memory::data_type type) {
+  return {{rows, columns}, type, transposed ? dnnl::memory::dims{1, rows} : dnnl::memory::dims{columns, 1}};
+}
+
+Primitive build(const Key& key) {
+  const auto [ta, tb, m, n, k, accumulate, out_dtype] = key;
+  using Type = dnnl::memory::data_type;
+  Primitive p;
+  p.a = describe(m, k, ta, Type::bf16);
+  p.b = describe(k, n, tb, Type::bf16);
+  p.c = describe(m, n, false, out_dtype == DType::f32 ? Type::f32 : Type::bf16);
+  dnnl::primitive_attr attributes;
+  if (accumulate) {
+    dnnl::post_ops post;
+    post.append_sum(1.0f);
+    attributes.set_post_ops(post);
+  }
+#if DNNL_VERSION_MAJOR >= 3
+  p.primitive = dnnl::matmul(dnnl::matmul::primitive_desc(engine(), p.a, p.b, p.c, attributes));
+#else
+  p.primitive =
+      dnnl::matmul(dnnl::matmul::primitive_desc(dnnl::matmul::desc(p.a, p.b, p.c), attributes, engine()));
+#endif
+  return p;
+}
+
+// Primitives are compiled once a shape; the cache is bounded because decoding meets many lengths.
+const Primitive& cached(const Key& key) {
+  static std::map<Key, Primitive> cache;
+  static std::mutex mutex;
+  std::lock_guard lock(mutex);
+  if (auto it = cache.find(key); it != cache.end()) return it->second;
+  if (cache.size() > 512) cache.clear();
+  return cache.emplace(key, build(key)).first->second;
+}
+
+}  // namespace
+
+void sgemm(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
+           int64_t stride_a, const float* b, int64_t stride_b, float beta, float* out, int64_t stride_out) {
+  if (m == 0 || n == 0) return;
+  const auto status = dnnl_sgemm(trans_a == Trans::yes ? 'T' : 'N', trans_b == Trans::yes ? 'T' : 'N', m, n,
+                                 k, alpha, a, stride_a, b, stride_b, beta, out, stride_out);
+  if (status != dnnl_success) fail_run("oneDNN refused an f32 product of ({} x {}) by ({} x {})", m, k, k, n);
+}
+
+bool bf16_matmul_supported() {
+  static const bool supported = [] {
+    try {
+      build({false, true, 8, 8, 8, false, DType::f32});
+      return true;
+    } catch (const dnnl::error&) {
+      return false;
+    }
+  }();
+  return supported;
+}
+
+bool bf16_matmul(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
+                 bool accumulate, void* out, DType out_dtype) {
+  if (!bf16_matmul_supported()) return false;
+  const Primitive& p = cached({trans_a == Trans::yes, trans_b == Trans::yes, m, n, k, accumulate, out_dtype});
+  thread_local dnnl::stream stream(engine());
+  p.primitive.execute(stream, {{DNNL_ARG_SRC, {p.a, engine(), const_cast<void*>(a)}},
+                               {DNNL_ARG_WEIGHTS, {p.b, engine(), const_cast<void*>(b)}},
+                               {DNNL_ARG_DST, {p.c, engine(), out}}});
+  stream.wait();
+  return true;
+}
+
+std::string dnnl_isa_name() {
+  switch (dnnl::get_effective_cpu_isa()) {
+    case dnnl::cpu_isa::sse41:
+      return "sse4.1";
+    case dnnl::cpu_isa::avx:
+      return "avx";
+    case dnnl::cpu_isa::avx2:
+      return "avx2";
+    case dnnl::cpu_isa::avx2_vnni:
+      return "avx2_vnni";
+    case dnnl::cpu_isa::avx512_core:
+      return "avx512_core";
+    case dnnl::cpu_isa::avx512_core_vnni:
+      return "avx512_core_vnni";
+    case dnnl::cpu_isa::avx512_core_bf16:
+      return "avx512_core_bf16";
+    case dnnl::cpu_isa::avx512_core_amx:
+      return "avx512_core_amx";
+    default:
+      return "other";
+  }
+}
+
+std::string dnnl_version_string() {
+  const dnnl_version_t* v = dnnl_version();
+  return fmt::format("{}.{}.{}", v->major, v->minor, v->patch);
+}
+
+}  // namespace flexchat

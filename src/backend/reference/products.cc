@@ -1,0 +1,44 @@
+#include <cstring>
+
+#include "backend/reference/reference_backend.h"
+
+namespace flexchat {
+
+void ReferenceBackend::copy(const Tensor& source, const Tensor& out) {
+  for (int64_t i = 0; i < out.numel(); ++i) out.set(i, source.get(i));
+}
+
+void ReferenceBackend::fill(const Tensor& out, double value) {
+  for (int64_t i = 0; i < out.numel(); ++i) out.set(i, value);
+}
+
+void ReferenceBackend::copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
+                                 const HeadsView& to) {
+  const int64_t size = dtype_size(from.dtype);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::memcpy(
+          static_cast<char*>(to.data) + (b * to.batch_stride + t * to.token_stride) * size,
+          static_cast<const char*>(from.data) + (b * from.batch_stride + t * from.token_stride) * size,
+          static_cast<size_t>(width * size));
+    }
+  }
+}
+
+void ReferenceBackend::matmul(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b, double beta,
+                              const Tensor& out) {
+  const int64_t m = out.dim(0), n = out.dim(1), k = trans_a == Trans::no ? a.dim(1) : a.dim(0);
+  const int64_t row_a = trans_a == Trans::no ? k : 1, col_a = trans_a == Trans::no ? 1 : m;
+  const int64_t row_b = trans_b == Trans::no ? n : 1, col_b = trans_b == Trans::no ? 1 : k;
+  const double *pa = a.as<double>(), *pb = b.as<double>();
+  double* po = out.as<double>();
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) sum += pa[i * row_a + l * col_a] * pb[l * row_b + j * col_b];
+      po[i * n + j] = sum + (beta == 0 ? 0 : beta * po[i * n + j]);
+    }
+  }
+}
+
+}  // namespace flexchat

@@ -1,0 +1,66 @@
+// The oracle: every kernel as the plainest loop over double. Slow and obvious on purpose; all tensors it
+// gets must be f64 (ids i32). Files mirror src/backend/cpu.
+#pragma once
+
+#include "backend/backend.h"
+
+namespace flexchat {
+
+class ReferenceBackend final : public Backend {
+ public:
+  std::string_view name() const override { return "reference"; }
+  Arena& arena() override { return host_arena(); }
+  DType master_dtype() const override { return DType::f64; }
+  void copy(const Tensor& source, const Tensor& out) override;
+  void copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
+                 const HeadsView& to) override;
+  void fill(const Tensor& out, double value) override;
+  void matmul(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b, double beta,
+              const Tensor& out) override;
+  void rms_norm(const Tensor& x, const Tensor& y, const Tensor& rstd) override;
+  void rms_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& rstd, bool accumulate,
+                         const Tensor& dx) override;
+  void embed_norm(const Tensor& table, const Tensor& ids, const Tensor& y, const Tensor& rstd) override;
+  void embed_norm_backward(const Tensor& dy, const Tensor& table, const Tensor& ids, const Tensor& rstd,
+                           const Tensor& dtable) override;
+  void rope_norm(const Tensor& x, const Tensor& cos_table, const Tensor& sin_table, int64_t n_heads,
+                 int64_t q_offset, double scale, const Tensor& rstd) override;
+  void rope_norm_backward(const Tensor& y, const Tensor& cos_table, const Tensor& sin_table, int64_t n_heads,
+                          int64_t q_offset, double scale, const Tensor& rstd, const Tensor& dx) override;
+  void value_gate(const Tensor& table, const Tensor& ids, const Tensor& h, const Tensor& gate_weight,
+                  const Tensor& qkv, const Tensor& gate) override;
+  void value_gate_backward(const Tensor& dqkv, const Tensor& table, const Tensor& ids, const Tensor& h,
+                           const Tensor& gate_weight, const Tensor& gate, const Tensor& dtable,
+                           const Tensor& dgate_weight, const Tensor& dh) override;
+  void attention(const AttentionShape& shape, const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                 const HeadsView& out, const Tensor* lse) override;
+  void attention_backward(const AttentionShape& shape, const HeadsView& q, const HeadsView& k,
+                          const HeadsView& v, const HeadsView& out, const HeadsView& dout, const Tensor& lse,
+                          const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) override;
+  void relu_squared(const Tensor& u, const Tensor& y) override;
+  void relu_squared_backward(const Tensor& u, const Tensor& dy) override;
+  void mix(const Coefficient& a, const Tensor& x, const Coefficient& b, const Tensor& y,
+           const Tensor& out) override;
+  void mix_backward(const Tensor& dout, const Coefficient& a, const Tensor& x, const Coefficient& b,
+                    const Tensor& y, bool accumulate_dx, const Tensor& dx, bool accumulate_dy,
+                    const Tensor& dy, const Tensor* da, const Tensor* db) override;
+  void smear(const Tensor& e, const Tensor* previous, const Tensor& weight, const Tensor& lambda,
+             const Tensor& out, const Tensor& sigmoid) override;
+  void smear_backward(const Tensor& dout, const Tensor& e, const Tensor& weight, const Tensor& lambda,
+                      const Tensor& sigmoid, const Tensor& de, const Tensor& dweight,
+                      const Tensor& dlambda) override;
+  void softcap(const Tensor& z, double cap) override;
+  void cross_entropy(const Tensor& logits, const Tensor& targets, double cap, double weight,
+                     const Tensor& nll, const Tensor* grad) override;
+  void adamw(const AdamWStep& step, const Tensor& grad, const Tensor& param, const Tensor& m,
+             const Tensor& v) override;
+  void nesterov(double momentum, const Tensor& grad, const Tensor& buffer, const Tensor& out) override;
+  void axis_sum_squares(const Tensor& x, int axis, const Tensor& out) override;
+  void axis_scale(const Tensor& x, int axis, const Tensor& factor) override;
+  void axpby(double alpha, const Tensor& x, double beta, const Tensor& out) override;
+  void cautious_update(double lr, double weight_decay, const Tensor& g, const Tensor& param) override;
+  double sum_squares(const Tensor& x) override;
+  int64_t first_nonfinite(const Tensor& x) override;
+};
+
+}  // namespace flexchat

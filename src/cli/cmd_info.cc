@@ -1,0 +1,86 @@
+// flexchat info: the build, this machine, and which kernels can run on it.
+#include <fmt/core.h>
+
+#include <nlohmann/json.hpp>
+
+#include "base/options.h"
+#include "base/parallel.h"
+#include "base/strings.h"
+#include "cli/command.h"
+#include "report/devices.h"
+#include "report/environment.h"
+#include "report/table.h"
+
+namespace flexchat {
+namespace {
+
+Json info_json() {
+  Json info = capture_environment();
+  info["threads"] = num_threads();
+  const OneDnn dnnl = onednn_info();
+  info["onednn"] = Json{{"version", dnnl.version}, {"isa", dnnl.isa}};
+  info["highway_target"] = highway_target();
+  info["kernels"] = Json::array();
+  for (const KernelRow& row : kernel_table()) {
+    info["kernels"].push_back(Json{{"device", row.device},
+                                   {"kernel", row.kernel},
+                                   {"dtype", row.dtype},
+                                   {"needs", row.needs},
+                                   {"runs", row.runs},
+                                   {"how", row.how}});
+  }
+  return info;
+}
+
+std::string memory_line() {
+  const MemoryInfo memory = memory_info();
+  std::string line = fmt::format("{}, {} available", format_bytes(static_cast<double>(memory.total)),
+                                 format_bytes(static_cast<double>(memory.available)));
+  if (memory.limit) line += fmt::format(", limited to {}", format_bytes(static_cast<double>(*memory.limit)));
+  return line;
+}
+
+std::string commit_line() {
+  const GitState git = git_state(source_root());
+  return git.commit + (git.dirty.value_or(false) ? " with local changes" : "");
+}
+
+void print_info() {
+  const CpuInfo cpu = cpu_info();
+  const OneDnn dnnl = onednn_info();
+  const auto line = [](const char* label, const std::string& value) {
+    fmt::print("{:<10}{}\n", label, value);
+  };
+  fmt::print("flexchat {}\n\n", program_version());
+  line("build", fmt::format("{}; {}", compiler_name(), build_flags()));
+  line("commit", commit_line());
+  line("cpu", fmt::format("{}, {} core{}", cpu.name, cpu.cores, cpu.cores == 1 ? "" : "s"));
+  line("simd", cpu.features.empty() ? "none of those the kernels use" : join(cpu.features, " "));
+  line("threads", std::to_string(num_threads()));
+  line("memory", memory_line());
+  line("oneDNN", fmt::format("{}, instruction set {}", dnnl.version, dnnl.isa));
+  line("Highway", "target " + highway_target());
+
+  Table kernels({"device", "kernel", "dtype", "needs", "runs", "how"});
+  for (const KernelRow& row : kernel_table()) {
+    kernels.row({row.device, row.kernel, row.dtype, row.needs, row.runs ? "yes" : "no", row.how});
+  }
+  fmt::print("\n{}", kernels.text());
+}
+
+}  // namespace
+
+int cmd_info(const Words& words) {
+  bool json = false;
+  Options options("flexchat info", "the build, this machine, and which kernels can run on it");
+  options.add("--json", &json, "print JSON").not_recorded();
+  if (!options.parse(words)) return 0;
+  if (json) {
+    fmt::print("{}\n", info_json().dump(2, ' ', false, Json::error_handler_t::replace));
+  } else {
+    print_info();
+  }
+  return 0;
+}
+
+}  // namespace flexchat

@@ -1,0 +1,16 @@
+// A trainable tensor and its gradient.
+#pragma once
+
+#include <string>
+
+#include "base/tensor.h"
+
+namespace flexchat {
+
+struct Parameter {
+  std::string name;  // state-dict name, e.g. "transformer.h.0.attn.c_q.weight"
+  Tensor value;      // master dtype
+  Tensor grad;       // master dtype, same shape
+};
+
+}  // namespace flexchat

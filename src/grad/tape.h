@@ -1,0 +1,51 @@
+// Reverse-mode differentiation. Every op (src/ops) computes its result at once and records the closure that
+// turns the gradient of its outputs into gradients of its inputs; backward() runs the closures newest first
+// and frees each, with the activations it holds, as soon as it is done.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/tensor.h"
+
+namespace flexchat {
+
+// An activation and, during backward, its gradient (same shape and dtype).
+struct Node {
+  Tensor value;
+  Tensor grad;
+};
+using Var = std::shared_ptr<Node>;
+
+class Tape {
+ public:
+  // A tape that does not record runs the same ops for inference and evaluation.
+  Tape(Backend& backend, bool recording) : backend_(backend), recording_(recording) {}
+  Backend& backend() const { return backend_; }
+  bool recording() const { return recording_; }
+
+  static Var leaf(Tensor value) { return std::make_shared<Node>(Node{std::move(value), {}}); }
+  void record(std::function<void()> backward_step) {
+    if (recording_) steps_.push_back(std::move(backward_step));
+  }
+  // The gradients of the last op's outputs must be set.
+  void backward();
+
+  // Activation checkpointing (Chen et al. 2016): runs `segment` on a copy of x without recording, keeps only
+  // x, and runs it again when backward gets there. The same ops in the same order give the same bits.
+  // The segment may work in place on its argument and may read, but not change, other variables.
+  using Segment = std::function<Var(Tape&, const Var&)>;
+  Var checkpoint(const Var& x, const Segment& segment);
+
+ private:
+  Backend& backend_;
+  bool recording_;
+  std::vector<std::function<void()>> steps_;
+};
+
+// The gradient of `v` to write to; *accumulate tells whether it holds a value to add to.
+const Tensor& grad_of(Backend& backend, const Var& v, bool* accumulate);
+
+}  // namespace flexchat

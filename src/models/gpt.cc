@@ -1,0 +1,141 @@
+#include "models/gpt.h"
+
+#include <cmath>
+
+#include "base/error.h"
+
+namespace flexchat {
+namespace {
+
+constexpr double kSoftcap = 15;
+
+}  // namespace
+
+Gpt::Gpt(const GptConfig& config, Backend& backend, DType compute)
+    : config_(config), backend_(backend), compute_(compute) {
+  config_.validate();
+  check((backend.master_dtype() == DType::f64) == (compute == DType::f64),
+        "the {} backend does not compute in {}", backend.name(), dtype_name(compute));
+  build_parameters();
+  build_rope_tables();
+}
+
+// ---- forward --------------------------------------------------------------------------------------------
+
+Var Gpt::trunk(Tape& tape, const Tensor& ids, KvCache* cache, bool last_only) {
+  const bool modern = config_.arch == Arch::modern;
+  const int64_t batch = ids.dim(0);
+  const Tensor flat_ids = ids.reshape({ids.numel()});
+
+  Var x = embed_norm(tape, wte_, flat_ids, compute_);
+  if (modern) {
+    const Var e = x;
+    const bool has_previous = cache && cache->previous_embedding.defined();
+    x = smear(tape, e, batch, has_previous ? &cache->previous_embedding : nullptr, smear_gate_,
+              smear_lambda_);
+    if (cache) cache->previous_embedding = last_position(e, batch)->value;
+  }
+  const Var x0 = x;
+  Var middle;
+  for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
+    if (checkpoint_activations_ && tape.recording()) {
+      x = tape.checkpoint(x, [this, layer, x0, ids](Tape& t, const Var& in) {
+        return block(t, layer, in, x0, ids, nullptr);
+      });
+    } else {
+      x = block(tape, layer, x, x0, ids, cache);
+    }
+    if (layer == config_.n_layer / 2) middle = x;
+  }
+  if (cache) cache->length += ids.dim(1);
+  if (last_only) {
+    x = last_position(x, batch);
+    middle = last_position(middle, batch);
+  }
+  if (modern) x = mix(tape, {}, x, {&backout_lambda_, 0, -1.0}, middle);
+  return rms_norm(tape, x);
+}
+
+// x = a x + b x0 (modern); x += attention(norm(x)); x += mlp(norm(x)). Works in place on x except for the
+// mix.
+Var Gpt::block(Tape& tape, int64_t layer, const Var& in, const Var& x0, const Tensor& ids, KvCache* cache) {
+  const bool modern = config_.arch == Arch::modern;
+  const Block& w = blocks_[static_cast<size_t>(layer)];
+  const int64_t batch = ids.dim(0);
+  const Var x = modern ? mix(tape, {&resid_lambdas_, layer}, in, {&x0_lambdas_, layer}, x0) : in;
+
+  const Var h = rms_norm(tape, x);
+  const Var qkv = linear(tape, h, w.qkv);
+  if (w.value_embeds.value.defined()) {
+    value_gate(tape, qkv, h, w.value_embeds, w.ve_gate, ids.reshape({ids.numel()}));
+  }
+  rope_norm(tape, qkv, rope_, batch, config_.n_head + config_.n_kv_head, cache ? cache->length : 0,
+            modern ? 1.2 : 1.0);
+  linear_add(tape, x, attend(tape, layer, qkv, batch, cache), w.c_proj);
+
+  const Var u = linear(tape, rms_norm(tape, x), w.c_fc);
+  relu_squared_linear_add(tape, x, u, w.mlp_c_proj);
+  return x;
+}
+
+Var Gpt::attend(Tape& tape, int64_t layer, const Var& qkv, int64_t batch, KvCache* cache) {
+  AttentionShape s;
+  s.batch = batch;
+  s.q_len = s.kv_len = qkv->value.dim(0) / batch;
+  s.n_head = config_.n_head;
+  s.n_kv_head = config_.n_kv_head;
+  s.head_dim = config_.head_dim();
+  s.window = config_.window(layer);
+  s.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
+  if (!cache) return attention(tape, qkv, s);
+
+  const auto& [k, v] = cache->layers[static_cast<size_t>(layer)];
+  const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
+  const Tensor rows = qkv->value.reshape({batch, s.q_len, qkv->value.dim(1)});
+  const int64_t at = cache->length * kv_width;
+  backend_.copy_rows(batch, s.q_len, kv_width, heads_view(rows, q_width), heads_view(k, at));
+  backend_.copy_rows(batch, s.q_len, kv_width, heads_view(rows, q_width + kv_width), heads_view(v, at));
+  s.q_offset = cache->length;
+  s.kv_len = cache->length + s.q_len;
+  return cached_attention(tape, qkv, k, v, s);
+}
+
+Var Gpt::last_position(const Var& x, int64_t batch) const {
+  const int64_t t_len = x->value.dim(0) / batch, c = x->value.dim(1);
+  const Tensor out = backend_.empty({batch, c}, x->value.dtype());
+  backend_.copy_rows(batch, 1, c, heads_view(x->value.reshape({batch, t_len, c}), (t_len - 1) * c),
+                     heads_view(out.reshape({batch, 1, c})));
+  return Tape::leaf(out);
+}
+
+Tensor Gpt::nll(Tape& tape, const Tensor& ids, const Tensor& targets, double weight) {
+  check(ids.shape() == targets.shape() && ids.rank() == 2, "ids {} and targets {} must both be (B, T)",
+        shape_string(ids.shape()), shape_string(targets.shape()));
+  const Var h = trunk(tape, ids, nullptr, false);
+  return linear_cross_entropy(tape, h, lm_head_, targets, config_.vocab_size, kSoftcap, weight);
+}
+
+Tensor Gpt::logits(const Tensor& ids, KvCache* cache, bool last_only) {
+  if (cache) {
+    check(ids.dim(0) == cache->batch, "{} rows of ids for a cache of {} rows", ids.dim(0), cache->batch);
+    check(cache->length + ids.dim(1) <= cache->max_len,
+          "{} more tokens do not fit a cache of {} that holds {}", ids.dim(1), cache->max_len, cache->length);
+  }
+  Tape tape(backend_, false);
+  const Var h = trunk(tape, ids, cache, last_only);
+  const Tensor z = head_logits(tape, h, lm_head_, config_.vocab_size, kSoftcap);
+  return z.reshape({ids.dim(0), last_only ? 1 : ids.dim(1), config_.vocab_size});
+}
+
+KvCache Gpt::make_cache(int64_t batch, int64_t max_len) const {
+  KvCache cache;
+  cache.batch = batch;
+  cache.max_len = max_len;
+  const Shape shape = {batch, max_len, config_.n_kv_head * config_.head_dim()};
+  for (int64_t i = 0; i < config_.n_layer; ++i) {
+    cache.layers.push_back({backend_.zeros(shape, compute_), backend_.zeros(shape, compute_)});
+  }
+  return cache;
+}
+
+}  // namespace flexchat

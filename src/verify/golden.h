@@ -1,0 +1,28 @@
+// Parity with the reference systems: runs a model from a golden file's parameters and compares everything the
+// file holds, i.e. logits, loss, every gradient, logits through the KV cache (prefill, decode, chunk), the
+// losses of the training trajectory and the final parameters.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "verify/check.h"
+
+namespace flexchat {
+
+struct GoldenOptions {
+  DType compute = DType::f32;
+  // Of Muon's iterations. Nothing: what the reference systems do, bf16 for classic and, for modern, the dtype
+  // that computes (which was f32 when the goldens were made).
+  std::optional<DType> muon_dtype;
+};
+
+// One file; check names are prefixed with its stem. Throws Error naming file and tensor when the file is not
+// a golden file.
+std::vector<Check> verify_golden(const std::filesystem::path& file, Backend& backend,
+                                 const GoldenOptions& options);
+
+}  // namespace flexchat
