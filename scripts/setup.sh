@@ -123,7 +123,7 @@ else
   echo "installing with pip into $deps: pyarrow==$PYARROW_VERSION"
   fresh=.deps/python.new-$$
   trap 'rm -rf "$fresh"' EXIT
-  "$python" -m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-compile \
+  "$python" -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-input --no-deps --no-compile \
     --only-binary :all: --target "$fresh" "pyarrow==$PYARROW_VERSION" ||
     die "pip could not download pyarrow $PYARROW_VERSION (is PyPI reachable from here?)"
   arrow_complete "$fresh" || die "the pyarrow $PYARROW_VERSION wheel lacks the Arrow C++ headers or libraries"

@@ -81,11 +81,11 @@ double load_element(const void* data, DType dtype, int64_t i) {
     case DType::f64:
       return at<double>(data, i);
     case DType::f32:
-      return at<float>(data, i);
+      return static_cast<double>(at<float>(data, i));
     case DType::bf16:
-      return to_float(at<bf16_t>(data, i));
+      return static_cast<double>(to_float(at<bf16_t>(data, i)));
     case DType::f16:
-      return to_float(at<f16_t>(data, i));
+      return static_cast<double>(to_float(at<f16_t>(data, i)));
     case DType::i64:
       return static_cast<double>(at<int64_t>(data, i));
     case DType::i32:

@@ -278,8 +278,11 @@ void convert_integers(const std::string& where, const char* source, DType from, 
 
 std::string printable_name(std::string_view name) {
   constexpr size_t kLongest = 160;
+  size_t length = std::min(name.size(), kLongest);
+  const auto continues = [&](size_t i) { return (static_cast<unsigned char>(name[i]) & 0xC0) == 0x80; };
+  while (length > 0 && length < name.size() && continues(length)) --length;  // no half of a UTF-8 sequence
   std::string out;
-  for (char c : name.substr(0, kLongest)) {
+  for (char c : name.substr(0, length)) {
     const auto u = static_cast<unsigned char>(c);
     if (u < 0x20 || u == 0x7F) {
       out += fmt::format("\\x{:02x}", u);
@@ -287,8 +290,7 @@ std::string printable_name(std::string_view name) {
       out += c;
     }
   }
-  if (name.size() > kLongest) out += "...";
-  return out;
+  return length < name.size() ? out + "..." : out;
 }
 
 // ---- reader --------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ const SafetensorsEntry& SafetensorsFile::entry(const std::string& tensor) const 
   if (it == index_.end()) {
     std::vector<std::string> names;
     for (const SafetensorsEntry& e : entries_) names.push_back(e.name);
-    fail("{}: no tensor '{}'{}", name_, printable_name(tensor), did_you_mean(tensor, names));
+    fail("{}: no tensor '{}'{}", name_, printable_name(tensor), printable_name(did_you_mean(tensor, names)));
   }
   return entries_[it->second];
 }

@@ -70,7 +70,7 @@ std::string dump_state_json(const Json& state, const std::string& source) {
 StateReader::StateReader(const Json& object, std::string source, std::string prefix)
     : object_(object), source_(std::move(source)), prefix_(std::move(prefix)) {
   check(object_.is_object(), "{}: {} must be an object, not {}", source_,
-        prefix_.empty() ? "the top level" : "'" + prefix_.substr(0, prefix_.size() - 1) + "'",
+        prefix_.empty() ? "the top level" : "'" + printable_name(prefix_.substr(0, prefix_.size() - 1)) + "'",
         object_.type_name());
 }
 
@@ -81,15 +81,17 @@ const Json& StateReader::value(const std::string& key) const {
   if (it == object_.end()) {
     std::vector<std::string> present;
     for (const auto& item : object_.items()) present.push_back(item.key());
-    fail("{}: '{}{}' is missing{}", source_, prefix_, key, did_you_mean(key, present));
+    fail("{}: '{}' is missing{}", source_, printable_name(prefix_ + key),
+         printable_name(did_you_mean(key, present)));
   }
   return *it;
 }
 
 void StateReader::wrong_type(const std::string& key, const char* wanted) const {
   const Json& v = value(key);
-  fail("{}: '{}{}' must be {}, not {}", source_, prefix_, key, wanted,
-       v.is_primitive() ? printable_name(v.dump()) : std::string(v.type_name()));
+  fail("{}: '{}' must be {}, not {}", source_, printable_name(prefix_ + key), wanted,
+       v.is_primitive() ? printable_name(v.dump(-1, ' ', false, Json::error_handler_t::replace))
+                        : v.type_name());
 }
 
 StateReader StateReader::object(const std::string& key) const {

@@ -144,7 +144,7 @@ RenderedConversation render_conversation(const Tokenizer& tokenizer, const Conve
   const auto& messages = conversation.messages;
   check(max_tokens >= 1, "a conversation cannot be cut to {} tokens; at least 1", max_tokens);
   const size_t first = !messages.empty() && messages[0].role == Role::system ? 1 : 0;
-  check(messages.size() > first, "a conversation needs a user message{}",
+  check(messages.size() > first, "a conversation needs at least one user message{}",
         first == 1 ? " after the system message" : "");
   Renderer renderer(tokenizer);
   renderer.special("<|bos|>", 0);

@@ -57,7 +57,9 @@ TEST(Tensor, FromCopiesAndConverts) {
 TEST(Tensor, ViewsShareStorage) {
   const std::vector<double> values = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
   const Tensor t = Tensor::from<double>(values, {4, 3}, DType::f16);
-  const Tensor flat = t.reshape({2, 6}), middle = t.rows(1, 2), copy = t;
+  const Tensor flat = t.reshape({2, 6}), middle = t.rows(1, 2);
+  Tensor copy;
+  copy = t;
   EXPECT_EQ(flat.shape(), (Shape{2, 6}));
   EXPECT_EQ(middle.shape(), (Shape{2, 3}));
   EXPECT_EQ(middle.numel(), 6);

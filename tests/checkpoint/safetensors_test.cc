@@ -206,6 +206,13 @@ TEST(SafetensorsReader, UnknownTensorNamesTheNearest) {
             "x.safetensors: no tensor 'blocks.0.atn.weight' (did you mean 'blocks.0.attn.weight'?)");
 }
 
+TEST(SafetensorsReader, PrintableNamesStayShortAndValid) {
+  EXPECT_EQ(printable_name("a\tb\x7f"), "a\\x09b\\x7f");
+  EXPECT_EQ(printable_name(std::string(160, 'x')), std::string(160, 'x'));
+  EXPECT_EQ(printable_name(std::string(159, 'x') + "\u00fcber"), std::string(159, 'x') + "...");
+  EXPECT_EQ(printable_name(""), "");
+}
+
 TEST(SafetensorsReader, RequireNamesWhatDiffers) {
   const std::string bytes = streamed({{"a", Tensor::zeros(host_arena(), {2, 3}, DType::f32)},
                                       {"b", Tensor::zeros(host_arena(), {1}, DType::f32)}},

@@ -85,6 +85,9 @@ TEST(StateReader, ErrorsNameFileAndKey) {
             "s: 'data.positon' is missing (did you mean 'position'?)");
   EXPECT_EQ(message_of<Error>([&] { r.object("list"); }), "s: 'list' must be an object, not array");
   EXPECT_EQ(message_of<Error>([&] { r.text("list"); }), "s: 'list' must be a string, not array");
+  const Json odd = {{"a\nb", {{"c\nd", 1}}}};
+  EXPECT_EQ(message_of<Error>([&] { StateReader(odd, "s").object("a\nb").text("c\nd"); }),
+            "s: 'a\\x0ab.c\\x0ad' must be a string, not 1");  // an error is one line
   EXPECT_THROW(r.flag("step"), Error);
   EXPECT_THROW(r.number("step"), Error);
   EXPECT_THROW(r.word("step"), Error);

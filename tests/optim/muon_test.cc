@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "base/error.h"
+#include "base/parallel.h"
 #include "optim/adamw.h"
 #include "optim/matrices.h"
 
@@ -127,7 +128,10 @@ struct MuonModel {
 struct Case {
   int64_t m, n;
 };
-class MuonShapes : public testing::TestWithParam<Case> {};
+class MuonShapes : public testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override { set_num_threads(1); }  // on such sizes threads would only wait for each other
+};
 INSTANTIATE_TEST_SUITE_P(Shapes, MuonShapes,
                          testing::Values(Case{1, 1}, Case{1, 7}, Case{7, 1}, Case{5, 3}, Case{3, 5},
                                          Case{2, 12}, Case{16, 16}, Case{33, 65}, Case{96, 17}),
@@ -187,14 +191,15 @@ TEST_P(MuonShapes, CpuFollowsTheFormulas) {
   EXPECT_LT(movement_error(*backend, true, decayed, shape, exact), 1e-4);
 }
 
-// Rounded where the formulas round, the bf16 iteration differs from the model by sums that fall on the other
-// side of a tie; rounded elsewhere it would be off by several percent.
+// Rounded where the formulas round, small matrices agree almost to the last bit, and larger ones but for sums
+// that fall on the other side of a tie. Without that rounding both are off by 2 to 9 percent.
 TEST_P(MuonShapes, CpuRoundsTheBf16IterationLikeTheFormulas) {
   const auto backend = make_cpu_backend();
   const Shape shape = {GetParam().m, GetParam().n};
   const MuonStep step = {.lr = 0.02, .dtype = DType::bf16};
-  EXPECT_LT(movement_error(*backend, false, step, shape, to_bf16_value), 0.01);
-  EXPECT_LT(movement_error(*backend, true, step, shape, to_bf16_value), 0.01);
+  const double tolerance = shape_numel(shape) < 30 ? 1e-4 : 0.025;
+  EXPECT_LT(movement_error(*backend, false, step, shape, to_bf16_value), tolerance);
+  EXPECT_LT(movement_error(*backend, true, step, shape, to_bf16_value), tolerance);
 }
 
 TEST(Muon, IterationsOrthogonalise) {
@@ -208,8 +213,9 @@ TEST(Muon, IterationsOrthogonalise) {
       const Matrix gram = product(o, transposed(o));
       for (int64_t i = 0; i < gram.m; ++i) {
         for (int64_t j = 0; j < gram.n; ++j) {
-          // Newton-Schulz with these coefficients keeps singular values within about 0.7 to 1.2.
-          EXPECT_NEAR(gram.at(i, j), i == j ? 1 : 0, polar ? 0.1 : 0.55);
+          // The iterated polynomials map singular values from 0.01 to 0.99 into [0.858, 1.142] and
+          // [0.681, 1.155].
+          EXPECT_NEAR(gram.at(i, j), i == j ? 1 : 0, polar ? 0.31 : 0.54);
         }
       }
     }

@@ -8,6 +8,7 @@
 #include <map>
 
 #include "base/error.h"
+#include "base/parallel.h"
 #include "optim/adamw.h"
 #include "optim/matrices.h"
 #include "optim/muon.h"
@@ -46,6 +47,7 @@ struct Training {
   std::unique_ptr<Optimizer> optimizer;
 
   Training(Backend& b, const OptimizerConfig& config) : backend(b) {
+    set_num_threads(1);  // on such sizes threads would only wait for each other
     uint64_t seed = 1;
     for (const auto& [name, shape] : parameter_shapes(config.arch)) {
       params.push_back(random_parameter(b, name, shape, seed++));

@@ -1,0 +1,33 @@
+#include "engine/generate.h"
+
+#include <cstring>
+
+#include "base/error.h"
+
+namespace flexchat {
+
+void generate(Gpt& model, const std::vector<int32_t>& prompt, int64_t max_tokens,
+              const SamplingOptions& sampling, const std::function<bool(int32_t)>& on_token) {
+  check(!prompt.empty(), "cannot continue an empty prompt");
+  const int64_t length = std::ssize(prompt), limit = 10 * model.config().sequence_len;
+  check(length + max_tokens <= limit,
+        "a prompt of {} tokens and {} new ones do not fit the model's {} positions", length, max_tokens,
+        limit);
+  Backend& backend = model.backend();
+  Sampler sampler(sampling);
+  KvCache cache = model.make_cache(1, length + max_tokens);
+  Tensor ids(host_arena(), {1, length}, DType::i32);
+  std::memcpy(ids.data(), prompt.data(), prompt.size() * sizeof(int32_t));
+  Tensor host;  // logits as f32
+  for (int64_t i = 0; i < max_tokens; ++i) {
+    const Tensor logits = model.logits(ids, &cache, /*last_only=*/true);
+    if (!host.defined()) host = Tensor(host_arena(), {logits.numel()}, DType::f32);
+    backend.copy(logits, host);
+    const int32_t next = sampler.sample({host.as<float>(), static_cast<size_t>(host.numel())});
+    if (!on_token(next)) return;
+    ids = Tensor(host_arena(), {1, 1}, DType::i32);
+    ids.as<int32_t>()[0] = next;
+  }
+}
+
+}  // namespace flexchat
