@@ -93,8 +93,8 @@ void Progress::draw(bool last) {
   if (total_ > 0) {
     const double fraction = std::clamp(static_cast<double>(done_) / static_cast<double>(total_), 0.0, 1.0);
     if (terminal_) line += " " + bar(fraction);
-    line +=
-        fmt::format(" {:3.0f}%  {}/{} {}", 100 * fraction, format_count(done_), format_count(total_), unit_);
+    line += fmt::format(" {:3}%  {}/{} {}", static_cast<int>(100 * fraction), format_count(done_),
+                        format_count(total_), unit_);
   } else {
     line += fmt::format("  {} {}", format_count(done_), unit_);
   }

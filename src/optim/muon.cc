@@ -53,7 +53,7 @@ void add_product(Backend& backend, double factor, const Tensor& x, const Tensor&
 }
 
 // a*X + (b*A + c*A*A) X with A = X X^T, or for a tall X the same of its transpose; x is used up. The order
-// (c*A)*A is the reference's: in bf16 it decides the last bits, and small singular values amplify those.
+// (c*A)*A is classic nanochat's: in bf16 it decides the last bits, and small singular values amplify those.
 Tensor quintic(Backend& backend, const Quintic& q, const Tensor& x) {
   const bool tall = x.dim(0) > x.dim(1);
   const int64_t k = std::min(x.dim(0), x.dim(1));

@@ -62,9 +62,10 @@ OptimizerConfig OptimizerConfig::base_defaults(Arch arch, int64_t n_embd) {
 Optimizer::Optimizer(Backend& backend, const std::vector<Parameter*>& params, const OptimizerConfig& config)
     : backend_(backend), config_(config) {
   check(!params.empty(), "an optimizer needs at least one parameter");
-  check(config.muon_dtype == DType::bf16 || config.muon_dtype == backend.master_dtype(),
-        "Muon cannot iterate in {} on the {} backend; allowed: bf16, {}", dtype_name(config.muon_dtype),
-        backend.name(), dtype_name(backend.master_dtype()));
+  const DType master = backend.master_dtype();
+  check(config.muon_dtype == master || (config.muon_dtype == DType::bf16 && master == DType::f32),
+        "Muon cannot iterate in {} on the {} backend; allowed: {}{}", dtype_name(config.muon_dtype),
+        backend.name(), dtype_name(master), master == DType::f32 ? ", bf16" : "");
   const std::vector<AdamWRule> rules = adamw_rules(config);
   for (const AdamWRule& rule : rules) {
     groups_.push_back({rule.group, false, rule.lr, rule.beta1, rule.beta2, kEps, rule.weight_decay, {}});

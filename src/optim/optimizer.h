@@ -25,9 +25,10 @@ struct OptimizerConfig {
   double embedding_lr = 0.2;
   double unembedding_lr = 0.004;
   double matrix_lr = 0.02;
-  double scalar_lr = 0.5;          // modern
-  double adamw_weight_decay = 0;   // classic: lm_head and wte; modern has constants in its table
-  DType muon_dtype = DType::bf16;  // of Muon's iterations: bf16 or the backend's master dtype
+  double scalar_lr = 0.5;         // modern
+  double adamw_weight_decay = 0;  // classic: lm_head and wte; modern has constants in its table
+  // Of Muon's iterations: the backend's master dtype, or bf16 where that is f32.
+  DType muon_dtype = DType::bf16;
 
   // The rates a base training run starts from: the member defaults for classic; for modern embedding 0.3,
   // unembedding 0.008.

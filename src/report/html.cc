@@ -37,15 +37,16 @@ pre,code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 .cmd{background:var(--code);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:16px}
-.cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));margin:20px 0}
-.cards .card{padding:12px 16px}
+.cards{display:flex;flex-wrap:wrap;gap:12px;margin:20px 0}
+.cards .card{flex:1 1 168px;padding:12px 16px}
 .cards dt{color:var(--muted);font-size:12.5px}
 .cards dd{margin:0;font-size:23px;font-weight:650;letter-spacing:-.01em;font-variant-numeric:tabular-nums;
 white-space:nowrap}
 .cards small{font-size:13px;font-weight:500;color:var(--muted)}
 .plots,.tables{display:grid;gap:12px;grid-template-columns:repeat(2,minmax(0,1fr))}
 .plots .card{padding:10px 8px 6px}
-.wide{grid-column:1/-1}
+.wide{grid-column:1/-1;overflow-x:auto}
+.wide svg{min-width:620px}
 svg{display:block;width:100%;height:auto}
 .samples{display:grid;gap:12px}
 .tag{color:var(--muted);font-size:12.5px;margin-bottom:4px}
@@ -155,8 +156,7 @@ std::string cards(const Json& summary, const Metrics& metrics) {
   std::string out = "<dl class=\"cards\">\n";
   card(out, "Steps", shown(pick("steps", highest({{}, metrics.column("loss").step})), short_count));
   card(out, "Final training loss", shown(loss, fixed4), "nats");
-  card(out, "Best validation", shown(pick("best_val_bpb", lowest(metrics.column("val_bpb"))), fixed4),
-       "bits/byte");
+  card(out, "Best validation", shown(pick("best_val_bpb", lowest(metrics.column("val_bpb"))), fixed4), "bpb");
   card(out, "Throughput", shown(pick("tok_per_sec", median(metrics.column("tok_per_sec"))), short_count),
        "tok/s");
   card(out, "MFU",
@@ -207,7 +207,12 @@ Plot raw_and_smooth(std::string title, std::string y_label, const MetricColumn& 
   return plot;
 }
 
-void plot_card(std::string& out, const Plot& plot, bool wide = false) {
+// Pictures are drawn about as large as a wide screen shows them, so that their text has the page's size.
+constexpr int kWideWidth = 1080, kWideHeight = 330, kWidth = 530, kHeight = 260;
+
+void plot_card(std::string& out, Plot plot, bool wide = false) {
+  plot.width = wide ? kWideWidth : kWidth;
+  plot.height = wide ? kWideHeight : kHeight;
   out += fmt::format("<div class=\"card{}\">{}</div>\n", wide ? " wide" : "", render_plot(plot, false));
 }
 
@@ -216,8 +221,6 @@ std::string plots(const Metrics& m) {
   const MetricColumn& smooth_loss = m.column("smooth_loss");
   Plot loss = raw_and_smooth("Training loss", "nats per token", m.column("loss"),
                              smooth_loss.empty() ? smoothed(m.column("loss")) : smooth_loss, 0);
-  loss.width = 1080;
-  loss.height = 340;
   plot_card(out, loss, true);
 
   Plot bpb{"Validation", "step", "bits per byte", {}};
@@ -310,9 +313,9 @@ void rows(const Json& object, const std::string& prefix, std::string& out) {
     }
     std::string shown_value = value_text(value);
     constexpr std::string_view kBytes = "_bytes";
-    if (value.is_number() && key.ends_with(kBytes)) {
+    if (key.ends_with(kBytes) && (value.is_number() || value.is_null())) {
       key.resize(key.size() - kBytes.size());
-      shown_value = format_bytes(value.get<double>());
+      if (value.is_number()) shown_value = format_bytes(value.get<double>());
     }
     out +=
         fmt::format("<tr><td>{}</td><td>{}</td></tr>\n", escape_xml(prefix + key), escape_xml(shown_value));

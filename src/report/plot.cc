@@ -178,22 +178,20 @@ std::string draw_grid(const Plot& plot, const Frame& f) {
   return out;
 }
 
-// From the right edge leftwards, on the title's line.
+// On the title's line, against the right edge. The keys are characters of the same text, so that whatever
+// font the reader has keeps them apart.
 std::string draw_legend(const Plot& plot, double right) {
-  double x = right;
-  std::string out;
-  for (auto s = plot.series.rbegin(); s != plot.series.rend(); ++s) {
-    if (s->name.empty()) continue;
-    const int color = ((s->color % kColors) + kColors) % kColors;
-    out += fmt::format("<text class=\"fp-legend\" x=\"{:.1f}\" y=\"20\" text-anchor=\"end\">{}</text>", x,
-                       escape_xml(s->name));
-    x -= 6.6 * static_cast<double>(s->name.size()) + 8;
-    const char* style = s->style == Series::Style::line ? "fp-line" : "fp-key";
-    out +=
-        fmt::format("<g class=\"fp-c{}\"><path class=\"{}\" d=\"M{:.1f} 16h-14\"/></g>\n", color, style, x);
-    x -= 30;
+  std::string entries;
+  for (const Series& s : plot.series) {
+    if (s.name.empty()) continue;
+    const int color = ((s.color % kColors) + kColors) % kColors;
+    entries += fmt::format("<tspan class=\"fp-c{} {}\"{}>\u25CF</tspan><tspan dx=\"5\">{}</tspan>", color,
+                           s.style == Series::Style::line ? "fp-key" : "fp-key fp-pale",
+                           entries.empty() ? "" : " dx=\"16\"", escape_xml(s.name));
   }
-  return out;
+  if (entries.empty()) return "";
+  return fmt::format("<text class=\"fp-legend\" x=\"{:.1f}\" y=\"20\" text-anchor=\"end\">{}</text>\n", right,
+                     entries);
 }
 
 struct Range {
@@ -233,7 +231,7 @@ font-variant-numeric:tabular-nums}.fp .fp-label{font-size:11px}.fp .fp-legend{fo
 .fp .fp-none{font-size:13px;font-style:italic}
 .fp path{fill:none;stroke-linejoin:round;stroke-linecap:round}.fp .fp-grid{stroke:var(--g)}.fp .fp-axis{stroke:var(--a)}
 .fp .fp-line{stroke:currentColor;stroke-width:2}.fp .fp-faint{stroke:currentColor;stroke-width:1;opacity:.35}
-.fp .fp-dots{stroke:currentColor;stroke-width:2.6;opacity:.3}.fp .fp-key{stroke:currentColor;stroke-width:3;opacity:.35}
+.fp .fp-dots{stroke:currentColor;stroke-width:4;opacity:.35}.fp .fp-key{fill:currentColor}.fp .fp-pale{fill-opacity:.4}
 .fp .fp-m{fill:currentColor}
 .fp-c0{color:var(--c0)}.fp-c1{color:var(--c1)}.fp-c2{color:var(--c2)}.fp-c3{color:var(--c3)}.fp-c4{color:var(--c4)}
 .fp-c5{color:var(--c5)}

@@ -58,7 +58,7 @@ void section(const Json& object, const std::string& title, size_t level, std::st
   Table scalars({"", "value"});
   for (const auto& item : object.items()) {
     if (!item.value().is_object() && !is_row_list(item.value()))
-      scalars.row({heading(item.key()), cell(item.value())});
+      scalars.row({item.key(), cell(item.value())});
   }
   if (scalars.size() > 0) out += "\n" + scalars.markdown();
   for (const auto& item : object.items()) {

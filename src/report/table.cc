@@ -1,6 +1,7 @@
 #include "report/table.h"
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 
@@ -103,8 +104,13 @@ std::string format_number(double value, int digits) {
 }
 
 std::string escape_markdown(std::string_view text) {
+  const std::string line = one_line(text);
+  const auto word_at = [&](size_t i) {
+    return i < line.size() && std::isalnum(static_cast<unsigned char>(line[i]));
+  };
   std::string out;
-  for (char c : one_line(text)) {
+  for (size_t i = 0; i < line.size(); ++i) {
+    const char c = line[i];
     if (c == '<') {
       out += "&lt;";
     } else if (c == '>') {
@@ -112,7 +118,8 @@ std::string escape_markdown(std::string_view text) {
     } else if (c == '&') {
       out += "&amp;";
     } else {
-      if (c == '|' || c == '\\' || c == '`' || c == '*' || c == '_') out += '\\';
+      const bool inside_word = i > 0 && word_at(i - 1) && word_at(i + 1);  // max_abs is not emphasis
+      if (c == '|' || c == '\\' || c == '`' || c == '*' || (c == '_' && !inside_word)) out += '\\';
       out += c;
     }
   }

@@ -16,14 +16,14 @@
 namespace flexchat {
 namespace {
 
-constexpr int64_t kEmbd = 48;
+constexpr int64_t kEmbd = 12, kKeys = 6;
 
 std::vector<std::pair<std::string, Shape>> parameter_shapes(Arch arch) {
   std::vector<std::pair<std::string, Shape>> shapes = {{"transformer.wte.weight", {64, kEmbd}}};
   for (int layer = 0; layer < 2; ++layer) {
     const std::string block = "transformer.h." + std::to_string(layer) + ".";
     shapes.push_back({block + "attn.c_q.weight", {kEmbd, kEmbd}});
-    shapes.push_back({block + "attn.c_k.weight", {24, kEmbd}});
+    shapes.push_back({block + "attn.c_k.weight", {kKeys, kEmbd}});
     shapes.push_back({block + "attn.c_proj.weight", {kEmbd, kEmbd}});
     if (arch == Arch::modern && layer == 1) shapes.push_back({block + "attn.ve_gate.weight", {2, 12}});
     shapes.push_back({block + "mlp.c_fc.weight", {4 * kEmbd, kEmbd}});
@@ -35,7 +35,7 @@ std::vector<std::pair<std::string, Shape>> parameter_shapes(Arch arch) {
         shapes.begin(),
         {{"resid_lambdas", {2}}, {"x0_lambdas", {2}}, {"smear_lambda", {1}}, {"backout_lambda", {1}}});
     shapes.push_back({"smear_gate.weight", {1, 24}});
-    shapes.push_back({"value_embeds.1.weight", {64, 24}});
+    shapes.push_back({"value_embeds.1.weight", {64, kKeys}});
   }
   return shapes;
 }
@@ -172,7 +172,7 @@ TEST_P(Optimizers, BadStateChangesNothing) {
   const DType master = backend->master_dtype();
   EXPECT_EQ(refuse(Tensor()), "the optimizer state lacks '" + name + "'");
   EXPECT_EQ(refuse(backend->zeros({64, 2}, master)),
-            "optimizer state '" + name + "' is (64, 2), not (64, 48)");
+            "optimizer state '" + name + "' is (64, 2), not (64, 12)");
   EXPECT_EQ(refuse(backend->zeros({64, kEmbd}, DType::i32)).find("optimizer state '" + name + "' is i32"),
             0u);
   run.step(1);
@@ -184,7 +184,7 @@ TEST_P(Optimizers, BadStateChangesNothing) {
 TEST_P(Optimizers, EveryGroupHasItsRuleAndConstants) {
   Training run(*backend, config), expected(*backend, config);
   const bool modern = config.arch == Arch::modern;
-  const double sigma = 4;  // (48/768)^(-1/2)
+  const double sigma = 8;  // (12/768)^(-1/2)
   struct Constants {
     double lr, beta1, beta2, decay;
   };
@@ -238,14 +238,14 @@ TEST(Optimizer, GroupOrder) {
       classic(*backend, config_of(Arch::classic, DType::f32));
   EXPECT_EQ(names(*modern.optimizer),
             (std::vector<std::string>{"lm_head", "wte", "value_embeds", "resid_lambdas", "x0_lambdas",
-                                      "smear and backout", "muon (2, 12)", "muon (24, 48)", "muon (48, 48)",
-                                      "muon (48, 192)", "muon (192, 48)"}));
+                                      "smear and backout", "muon (2, 12)", "muon (6, 12)", "muon (12, 12)",
+                                      "muon (12, 48)", "muon (48, 12)"}));
   EXPECT_EQ(names(*classic.optimizer), (std::vector<std::string>{"lm_head", "wte", "muon"}));
   const auto state = modern.optimizer->state();
   EXPECT_EQ(state[0].first, "step");
   EXPECT_EQ(state[1].first, "lm_head.weight.exp_avg");
   EXPECT_EQ(state.back().first, "transformer.h.1.mlp.c_fc.weight.second_momentum_buffer");
-  EXPECT_EQ(state.back().second.shape(), (Shape{192, 1}));
+  EXPECT_EQ(state.back().second.shape(), (Shape{48, 1}));
   EXPECT_EQ(classic.optimizer->state().back().first, "transformer.h.1.mlp.c_proj.weight.momentum_buffer");
 }
 
@@ -287,6 +287,7 @@ TEST(Optimizer, RefusesUnknownParametersAndDtypes) {
   Parameter head = random_parameter(*backend, "lm_head.weight", {4, 4}, 1);
   EXPECT_THROW(Optimizer(*backend, {&head}, config_of(Arch::classic, DType::f16)), Error);
   EXPECT_THROW(Optimizer(*backend, {&head}, config_of(Arch::classic, DType::f64)), Error);
+  EXPECT_THROW(Optimizer(*make_reference_backend(), {&head}, config_of(Arch::classic, DType::bf16)), Error);
 }
 
 TEST(Optimizer, MissingGradientChangesNothing) {

@@ -98,7 +98,7 @@ TEST(Plot, DrawsALineWithLegendLabelsAndTooltips) {
   expect_sound(svg);
   EXPECT_NE(svg.find(">Loss</text>"), std::string::npos);
   EXPECT_NE(svg.find(">nats</text>"), std::string::npos);
-  EXPECT_NE(svg.find(">train</text>"), std::string::npos);
+  EXPECT_NE(svg.find(">train</tspan></text>"), std::string::npos);
   EXPECT_EQ(count(svg, "<circle"), 3u);
   EXPECT_NE(svg.find("<title>50: 3</title>"), std::string::npos);
   EXPECT_NE(svg.find("prefers-color-scheme:dark"), std::string::npos);

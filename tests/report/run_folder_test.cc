@@ -8,6 +8,7 @@
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "base/error.h"
 #include "base/file.h"
@@ -147,7 +148,7 @@ TEST(RunSummary, MarkdownShowsScalarsTablesAndSections) {
         {"checks", {{{"check", "logits"}, {"max_abs", 1e-6}}, {{"check", "k|v"}, {"pass", false}}}}}},
       {"config", {{"depth", 4}, {"words", {"a", "b"}}, {"none", nullptr}}},
       {"environment", {{"command", "flexchat verify 'a b'"}, {"cpu", {{"name", "test"}}}}}};
-  EXPECT_EQ(render_run_markdown(summary), R"(# verify run a\_b
+  EXPECT_EQ(render_run_markdown(summary), R"(# verify run a_b
 
 ```
 flexchat verify 'a b'
@@ -155,17 +156,17 @@ flexchat verify 'a b'
 
 |  | value |
 | --- | --- |
-| Status | passed |
+| status | passed |
 
 ## Results
 
 |  | value |
 | --- | ---: |
-| Max abs | 1.25e-06 |
+| max_abs | 1.25e-06 |
 
 ### Checks
 
-| check | max\_abs | pass |
+| check | max_abs | pass |
 | --- | ---: | --- |
 | logits | 1e-06 |  |
 | k\|v |  | false |
@@ -174,9 +175,9 @@ flexchat verify 'a b'
 
 |  | value |
 | --- | --- |
-| Depth | 4 |
-| Words | a, b |
-| None | - |
+| depth | 4 |
+| words | a, b |
+| none | - |
 
 ## Environment
 
@@ -184,7 +185,7 @@ flexchat verify 'a b'
 
 |  | value |
 | --- | --- |
-| Name | test |
+| name | test |
 )");
 }
 

@@ -30,13 +30,19 @@ void ReferenceBackend::matmul(const Tensor& a, Trans trans_a, const Tensor& b, T
   const int64_t m = out.dim(0), n = out.dim(1), k = trans_a == Trans::no ? a.dim(1) : a.dim(0);
   const int64_t row_a = trans_a == Trans::no ? k : 1, col_a = trans_a == Trans::no ? 1 : m;
   const int64_t row_b = trans_b == Trans::no ? n : 1, col_b = trans_b == Trans::no ? 1 : k;
-  const double *pa = a.as<double>(), *pb = b.as<double>();
-  double* po = out.as<double>();
+  const auto as_f64 = [](const Tensor& t) {
+    if (t.dtype() == DType::f64) return t;
+    const Tensor wide(host_arena(), t.shape(), DType::f64);
+    for (int64_t i = 0; i < t.numel(); ++i) wide.set(i, t.get(i));
+    return wide;
+  };
+  const Tensor wide_a = as_f64(a), wide_b = as_f64(b);
+  const double *pa = wide_a.as<double>(), *pb = wide_b.as<double>();
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = 0;
       for (int64_t l = 0; l < k; ++l) sum += pa[i * row_a + l * col_a] * pb[l * row_b + j * col_b];
-      po[i * n + j] = sum + (beta == 0 ? 0 : beta * po[i * n + j]);
+      out.set(i * n + j, sum + (beta == 0 ? 0 : beta * out.get(i * n + j)));
     }
   }
 }
