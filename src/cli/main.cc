@@ -51,13 +51,16 @@ int run(const Words& words) {
 }  // namespace flexchat
 
 int main(int argc, char** argv) {
+  const auto complain = [](const std::exception& e, int code) {
+    const std::string_view text = e.what();  // a command's own errors begin with its name
+    fmt::print(stderr, "{}{}\n", text.starts_with("flexchat ") ? "" : "flexchat: ", text);
+    return code;
+  };
   try {
     return flexchat::run({argv + 1, argv + argc});
   } catch (const flexchat::Error& e) {
-    fmt::print(stderr, "flexchat: {}\n", e.what());
-    return 2;
+    return complain(e, 2);
   } catch (const std::exception& e) {
-    fmt::print(stderr, "flexchat: {}\n", e.what());
-    return 1;
+    return complain(e, 1);
   }
 }
