@@ -39,6 +39,10 @@ void write_stdout(std::string_view bytes) {
   }
 }
 
+void write_json(const Json& json, int indent = -1) {  // paths in it need not be UTF-8
+  write_stdout(json.dump(indent, ' ', false, Json::error_handler_t::replace) + "\n");
+}
+
 std::string ids_text(std::span<const int32_t> ids) {
   std::string out = "[";
   for (const int32_t id : ids) {
@@ -162,7 +166,7 @@ int train_command(const Words& words) {
         format_count(c.vocab_size), format_count(n_merges), format_count(tokenizer.vocab_size()));
   }
   if (c.json) {
-    write_stdout(train_summary(c, tokenizer, result).dump() + "\n");
+    write_json(train_summary(c, tokenizer, result));
   } else {
     print_training(c, tokenizer, result);
   }
@@ -232,12 +236,12 @@ int encode_command(const Words& words) {
   set_num_threads(static_cast<int>(c.threads));
   const Tokenizer tokenizer = c.choice.load();
   int64_t replaced = 0;
-  EncodeOptions encode{.prepend = std::nullopt, .append = std::nullopt, .replaced = &replaced};
+  EncodeOptions encode{.replaced = &replaced};
   if (c.bos) encode.prepend = tokenizer.bos();
   if (c.data.empty()) {
     write_stdout(ids_text(tokenizer.encode(read_stdin(), encode)) + "\n");
   } else {
-    write_stdout(encode_documents(c, tokenizer, encode).dump() + "\n");
+    write_json(encode_documents(c, tokenizer, encode));
   }
   note_replaced(replaced, c.data.empty() ? "standard input" : "the data");
   return 0;
@@ -417,7 +421,7 @@ int eval_command(const Words& words) {
   }
   if (c.json) {
     const Json summary = {{"vocab_size", tokenizer.vocab_size()}, {"texts", list}};
-    write_stdout(summary.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+    write_json(summary, 2);
   } else {
     write_stdout(
         fmt::format("vocabulary of {} tokens\n{}", format_count(tokenizer.vocab_size()), table.text()));

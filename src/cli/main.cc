@@ -2,6 +2,8 @@
 // (0 pass, 1 a check failed or a run broke, 2 bad usage or bad input).
 #include <fmt/core.h>
 
+#include <malloc.h>
+
 #include <cstdio>
 #include <exception>
 
@@ -56,6 +58,9 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "{}{}\n", text.starts_with("flexchat ") ? "" : "flexchat: ", text);
     return code;
   };
+  // oneDNN takes and frees packing buffers in every product: keep that memory instead of faulting it in anew.
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   try {
     return flexchat::run({argv + 1, argv + argc});
   } catch (const flexchat::Error& e) {

@@ -1,3 +1,4 @@
+// Building the lookup tables, and merging pieces that are neither tokens nor cached.
 #include "tokenizer/bpe_encoder.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Positions and neighbours live in flat arrays; a step touches only the occurrences of the pair it merges.
 #include "tokenizer/bpe_merge.h"
 
 #include <algorithm>

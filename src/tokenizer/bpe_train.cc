@@ -1,6 +1,8 @@
+// Documents to batches to per-thread counters; then the merge loop.
 #include "tokenizer/bpe_train.h"
 
 #include <chrono>
+#include <exception>
 #include <memory>
 #include <string_view>
 #include <thread>

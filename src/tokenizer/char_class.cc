@@ -1,3 +1,4 @@
+// The two-bit table is filled once, from ranges.
 #include "tokenizer/char_class.h"
 
 namespace flexchat {

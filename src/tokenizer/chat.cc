@@ -1,3 +1,4 @@
+// Reading conversations from JSON and rendering them.
 #include "tokenizer/chat.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Two open-addressing tables: short pieces by value, long ones by position in one string.
 #include "tokenizer/piece_counter.h"
 
 #include <limits>

@@ -1,3 +1,4 @@
+// Names and translation of split patterns, and matching by PCRE2. The scanner is in the header, inlined.
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "tokenizer/split.h"
 

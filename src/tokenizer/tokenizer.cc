@@ -1,5 +1,7 @@
+// The parts put together: validation, splitter, encoder, one scratch for each thread.
 #include "tokenizer/tokenizer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <set>
@@ -144,7 +146,8 @@ std::vector<std::vector<int32_t>> Tokenizer::encode_batch(std::span<const std::s
                                                           const EncodeOptions& options) const {
   std::vector<std::vector<int32_t>> out(texts.size());
   std::atomic<int64_t> replaced{0};
-  std::vector<std::unique_ptr<State::Loan>> scratches(static_cast<size_t>(num_threads()));
+  std::vector<std::unique_ptr<State::Loan>> scratches(
+      std::min(texts.size(), static_cast<size_t>(num_threads())));
   for (auto& scratch : scratches) scratch = std::make_unique<State::Loan>(*state_);
   for_each_item(static_cast<int64_t>(texts.size()), [&](int64_t worker, int64_t item) {
     const auto i = static_cast<size_t>(item);

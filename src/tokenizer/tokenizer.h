@@ -20,8 +20,8 @@ namespace flexchat {
 const std::vector<std::string>& chat_special_tokens();
 
 struct EncodeOptions {
-  std::optional<int32_t> prepend, append;  // an id put before and after the ids of each text
-  int64_t* replaced = nullptr;             // adds the number of invalid UTF-8 sequences replaced by U+FFFD
+  std::optional<int32_t> prepend{}, append{};  // an id put before and after the ids of each text
+  int64_t* replaced = nullptr;  // adds the number of invalid UTF-8 sequences replaced by U+FFFD
 };
 
 class Tokenizer {

@@ -1,3 +1,4 @@
+// Validation goes 16 ASCII bytes at a time; everything else one sequence at a time by RFC 3629.
 #include "tokenizer/utf8.h"
 
 #include <cstring>

@@ -2,6 +2,7 @@
 // run to run, so results must not depend on it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>

@@ -63,8 +63,10 @@ TEST(RunFolder, ResumingWhatIsNotThereNamesWhatIs) {
 
 TEST(RunFolder, IdsCannotReachOutside) {
   const TempFolder root;
-  for (const std::string id :
-       {"..", "../x", "a/b", "/tmp", ".hidden", "-rf", "a b", "x\n", std::string(101, 'a').c_str()}) {
+  const std::string long_id(101, 'a');
+  for (const std::string& id :
+       {std::string(".."), std::string("../x"), std::string("a/b"), std::string("/etc"),
+        std::string(".hidden"), std::string("-rf"), std::string("a b"), std::string("x\n"), long_id}) {
     EXPECT_THROW(RunFolder::create("train", id, RunMode::overwrite, root.path()), Error) << id;
   }
   EXPECT_THROW(RunFolder::create("../train", "x", RunMode::overwrite, root.path()), Error);

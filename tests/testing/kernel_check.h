@@ -3,6 +3,7 @@
 // element left out, read too early or written beside its tensor shows.
 #pragma once
 
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 #include <hwy/targets.h>
 
@@ -24,8 +25,8 @@ using Kernel = std::function<void(Backend&, const Tensors&)>;
 // u the unit roundoff of the output's dtype, scale the largest |expected| of the tensor (at least
 // least_scale). The reference starts from the very operands the CPU gets, so a result rounded once to its
 // dtype accounts for one u; an in-place result that is rounded again on the way adds one each. `relative` and
-// `of_scale` pay for f32 arithmetic inside the kernel (unit roundoff 6e-8): a sum of n products is off by some
-// sqrt(n) * 6e-8 of the size of its terms, a few 1e-6 for the sizes used here.
+// `of_scale` pay for f32 arithmetic inside the kernel (unit roundoff 6e-8): a sum of n products is off by
+// some sqrt(n) * 6e-8 of the size of its terms, a few 1e-6 for the sizes used here.
 struct Tolerance {
   int roundings = 1;
   double relative = 2e-6;
@@ -107,30 +108,24 @@ class Fenced {
   Tensor whole_, tensor_;
 };
 
-// Chooses the best instruction set among `targets` for Highway's kernels for as long as it lives.
+// Restricts Highway's kernels to a set of instruction sets for as long as it lives.
 class SimdTargets {
  public:
-  explicit SimdTargets(int64_t targets) { choose(targets); }
-  ~SimdTargets() { choose(0); }
+  explicit SimdTargets(int64_t targets) { hwy::GetChosenTarget().Update(targets); }
+  ~SimdTargets() { hwy::GetChosenTarget().Update(hwy::SupportedTargets()); }
   SimdTargets(const SimdTargets&) = delete;
   SimdTargets& operator=(const SimdTargets&) = delete;
 
-  // This machine's instruction sets up to each of those the library is built for, best first.
+  // All that this machine has; on x86 also those up to AVX2, and those below it.
   static std::vector<int64_t> all() {
-    std::vector<int64_t> sets = {hwy::SupportedTargets()};
+    const int64_t supported = hwy::SupportedTargets();
+    std::vector<int64_t> sets = {supported};
 #if HWY_ARCH_X86
-    for (const int64_t best : {int64_t{HWY_AVX2}, int64_t{HWY_SSE2}}) {
-      const int64_t set = hwy::SupportedTargets() & ~(best - 1);  // a lower bit is a better target
-      if (set != sets.back()) sets.push_back(set);
+    for (const int64_t left_out : {HWY_AVX2 - 1, 2 * HWY_AVX2 - 1}) {  // a lower bit is a better target
+      if ((supported & ~left_out) != sets.back()) sets.push_back(supported & ~left_out);
     }
 #endif
     return sets;
-  }
-
- private:
-  static void choose(int64_t targets) {
-    hwy::SetSupportedTargetsForTest(targets);
-    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
   }
 };
 
@@ -138,7 +133,7 @@ struct KernelCheck {
   // Element-wise kernels and their sums must not depend on the number of threads by a single bit. oneDNN's
   // products may, so there only the tolerance holds.
   bool same_bits_for_any_threads = true;
-  int repeats = 1;  // extra runs on two threads that must give the same bits again
+  int repeats = 0;  // extra runs on two threads that must give the same bits again
 };
 
 class KernelRun {
@@ -149,7 +144,8 @@ class KernelRun {
   void run(const std::string& where) {
     const auto reference = make_reference_backend();
     for (const Operand& o : operands_) {
-      expected_.push_back(o.value.dtype() == DType::i32 ? duplicate(o.value) : converted(o.value, DType::f64));
+      expected_.push_back(o.value.dtype() == DType::i32 ? duplicate(o.value)
+                                                        : converted(o.value, DType::f64));
     }
     kernel_(*reference, expected_);
     const std::vector<int64_t> targets = SimdTargets::all();
@@ -194,7 +190,8 @@ class KernelRun {
   }
   void expect_same(const Tensors& actual, const Tensors& before, const std::string& where) const {
     for (size_t i = 0; i < operands_.size(); ++i) {
-      if (compared(i)) EXPECT_TRUE(same_bits(actual[i], before[i])) << where << ": other bits in operand " << i;
+      if (!compared(i)) continue;
+      EXPECT_TRUE(same_bits(actual[i], before[i])) << where << ": other bits in operand " << i;
     }
   }
 
@@ -220,7 +217,7 @@ class KernelTest : public testing::TestWithParam<DType> {
 inline std::string dtype_test_name(const testing::TestParamInfo<DType>& info) {
   return std::string(dtype_name(info.param));
 }
-#define FLEXCHAT_FOR_EVERY_DTYPE(suite)                                                      \
+#define FLEXCHAT_FOR_EVERY_DTYPE(suite)                                                         \
   INSTANTIATE_TEST_SUITE_P(DTypes, suite, testing::Values(DType::f32, DType::bf16, DType::f16), \
                            dtype_test_name)
 

@@ -61,7 +61,7 @@ TEST(BpeTrain, OverlapsAndTies) {
 
 TEST(BpeTrain, EqualsRecountingOnRandomText) {
   Rng rng(11);
-  for (int round = 0; round < 300; ++round) {
+  for (int round = 0; round < 150; ++round) {
     std::vector<std::string> documents;
     const uint64_t letters = 1 + rng.below(4), longest = 1 + rng.below(40);
     for (uint64_t d = 1 + rng.below(4); d > 0; --d) {

@@ -52,7 +52,7 @@ class TokenizerProgram : public testing::Test {
 
 TEST_F(TokenizerProgram, GoldenEncodeDecodeRender) {
   const auto cases = nlohmann::json::parse(read_file(kRanks));
-  for (size_t i = 0; i < cases["encode"].size(); i += 4) {
+  for (size_t i = 0; i < cases["encode"].size(); i += 8) {
     const std::string text = cases["encode"][i][0];
     const Outcome encoded = run("encode --ranks '" + kRanks + "'", text);
     EXPECT_EQ(encoded.code, 0) << encoded.err;

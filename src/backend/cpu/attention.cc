@@ -50,11 +50,36 @@ Rows rows_of(const HeadsView& view, int64_t b, int64_t begin, int64_t n, int64_t
   }
 }
 
+// Where products put their result: in place for f32, otherwise in scratch that put_rows() converts.
+struct Target {
+  float* data = nullptr;
+  int64_t stride = 0;
+};
+template <class T>
+Target target_of(const HeadsView& view, int64_t b, int64_t begin, int64_t n, int64_t h, int64_t d,
+                 std::vector<float>& scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {head<float>(view, b, begin, h, d), view.token_stride};
+  } else {
+    scratch.resize(static_cast<size_t>(n * d));
+    return {scratch.data(), d};
+  }
+}
+
 template <class T>
 void put_row(const float* x, float factor, T* y, int64_t d) {
   const VF f = set(factor);
   for_each_vector(
       d, [&](int64_t i, auto lanes) HWY_ATTR { store(hn::Mul(load(x + i, lanes), f), y + i, lanes); });
+}
+
+template <class T>
+void put_rows(const Target& from, const HeadsView& view, int64_t b, int64_t begin, int64_t n, int64_t h,
+              int64_t d) {
+  if constexpr (!std::is_same_v<T, float>) {
+    for (int64_t t = 0; t < n; ++t)
+      put_row(from.data + t * from.stride, 1, head<T>(view, b, begin + t, h, d), d);
+  }
 }
 
 // Visible keys [begin, end) of query row r, and of all rows of a block.
@@ -113,7 +138,7 @@ void forward_block(const AttentionShape& s, int64_t b, int64_t h, int64_t r0, in
   const Range keys = visible_block(s, r0, rows);
   const int64_t n = keys.end - keys.begin;
   x.s.resize(static_cast<size_t>(rows * n));
-  x.o.resize(static_cast<size_t>(rows * d));
+  const Target o = target_of<T>(out, b, r0, rows, h, d, x.o);
   const Rows qr = rows_of<T>(q, b, r0, rows, h, d, x.q), kr = rows_of<T>(k, b, keys.begin, n, g, d, x.k),
              vr = rows_of<T>(v, b, keys.begin, n, g, d, x.v);
   sgemm(Trans::no, Trans::yes, rows, n, d, 1, qr.data, qr.stride, kr.data, kr.stride, 0, x.s.data(), n);
@@ -127,10 +152,10 @@ void forward_block(const AttentionShape& s, int64_t b, int64_t h, int64_t r0, in
     sums[static_cast<size_t>(r)] = exp_row(p, n, from, to, scale, shift);
     if (lse) lse[r0 + r] = shift + std::log(sums[static_cast<size_t>(r)]);  // log 0 = -inf: sees nothing
   }
-  sgemm(Trans::no, Trans::no, rows, d, n, 1, x.s.data(), n, vr.data, vr.stride, 0, x.o.data(), d);
+  sgemm(Trans::no, Trans::no, rows, d, n, 1, x.s.data(), n, vr.data, vr.stride, 0, o.data, o.stride);
   for (int64_t r = 0; r < rows; ++r) {
     const float sum = sums[static_cast<size_t>(r)];
-    put_row(x.o.data() + r * d, sum > 0 ? 1 / sum : 0.0f, head<T>(out, b, r0 + r, h, d), d);
+    put_row(o.data + r * o.stride, sum > 0 ? 1 / sum : 0.0f, head<T>(out, b, r0 + r, h, d), d);
   }
 }
 
@@ -186,13 +211,14 @@ void Attention(const AttentionShape& s, const HeadsView& q, const HeadsView& k, 
 template <class T>
 void backward_block(const AttentionShape& s, int64_t b, int64_t h, int64_t r0, int64_t rows,
                     const HeadsView& q, const Rows& k, const Rows& v, const HeadsView& out,
-                    const HeadsView& dout, const float* lse, const HeadsView& dq, Scratch& x) {
+                    const HeadsView& dout, const float* lse, const HeadsView& dq, const Target& dk,
+                    const Target& dv, Scratch& x) {
   const int64_t d = s.head_dim;
   const Range keys = visible_block(s, r0, rows);
   const int64_t n = keys.end - keys.begin;
   x.s.resize(static_cast<size_t>(rows * n));
   x.ds.resize(static_cast<size_t>(rows * n));
-  x.dq.resize(static_cast<size_t>(rows * d));
+  const Target dqr = target_of<T>(dq, b, r0, rows, h, d, x.dq);
   const Rows qr = rows_of<T>(q, b, r0, rows, h, d, x.q), dor = rows_of<T>(dout, b, r0, rows, h, d, x.d_o);
   const float *kr = k.data + keys.begin * k.stride, *vr = v.data + keys.begin * v.stride;
   const auto scale = static_cast<float>(s.scale);
@@ -210,12 +236,12 @@ void backward_block(const AttentionShape& s, int64_t b, int64_t h, int64_t r0, i
       store(hn::Mul(vs, ds), dp + i, lanes);
     });
   }
-  sgemm(Trans::no, Trans::no, rows, d, n, 1, x.ds.data(), n, kr, k.stride, 0, x.dq.data(), d);
+  sgemm(Trans::no, Trans::no, rows, d, n, 1, x.ds.data(), n, kr, k.stride, 0, dqr.data, dqr.stride);
   sgemm(Trans::yes, Trans::no, n, d, rows, 1, x.ds.data(), n, qr.data, qr.stride, 1,
-        x.dk.data() + keys.begin * d, d);
+        dk.data + keys.begin * dk.stride, dk.stride);
   sgemm(Trans::yes, Trans::no, n, d, rows, 1, x.s.data(), n, dor.data, dor.stride, 1,
-        x.dv.data() + keys.begin * d, d);
-  for (int64_t r = 0; r < rows; ++r) put_row(x.dq.data() + r * d, 1, head<T>(dq, b, r0 + r, h, d), d);
+        dv.data + keys.begin * dv.stride, dv.stride);
+  put_rows<T>(dqr, dq, b, r0, rows, h, d);
 }
 
 void AttentionBackward(const AttentionShape& s, const HeadsView& q, const HeadsView& k, const HeadsView& v,
@@ -231,19 +257,21 @@ void AttentionBackward(const AttentionShape& s, const HeadsView& q, const HeadsV
         const int64_t b = i / s.n_kv_head, g = i % s.n_kv_head;
         const Rows kr = rows_of<T>(k, b, 0, s.kv_len, g, d, x.k),
                    vr = rows_of<T>(v, b, 0, s.kv_len, g, d, x.v);
-        x.dk.assign(static_cast<size_t>(s.kv_len * d), 0.0f);
-        x.dv.assign(static_cast<size_t>(s.kv_len * d), 0.0f);
+        const Target dkr = target_of<T>(dk, b, 0, s.kv_len, g, d, x.dk);
+        const Target dvr = target_of<T>(dv, b, 0, s.kv_len, g, d, x.dv);
+        for (int64_t t = 0; t < s.kv_len; ++t) {
+          std::fill_n(dkr.data + t * dkr.stride, d, 0.0f);
+          std::fill_n(dvr.data + t * dvr.stride, d, 0.0f);
+        }
         for (int64_t h = g * group; h < (g + 1) * group; ++h) {
           const float* row_lse = lse.as<float>() + (b * s.n_head + h) * s.q_len;
           for (int64_t r0 = 0; r0 < s.q_len; r0 += kRows) {
             backward_block<T>(s, b, h, r0, std::min(kRows, s.q_len - r0), q, kr, vr, out, dout, row_lse, dq,
-                              x);
+                              dkr, dvr, x);
           }
         }
-        for (int64_t t = 0; t < s.kv_len; ++t) {
-          put_row(x.dk.data() + t * d, 1, head<T>(dk, b, t, g, d), d);
-          put_row(x.dv.data() + t * d, 1, head<T>(dv, b, t, g, d), d);
-        }
+        put_rows<T>(dkr, dk, b, 0, s.kv_len, g, d);
+        put_rows<T>(dvr, dv, b, 0, s.kv_len, g, d);
       }
     });
   });

@@ -64,6 +64,13 @@ const Primitive& cached(const Key& key) {
 void sgemm(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a,
            int64_t stride_a, const float* b, int64_t stride_b, float beta, float* out, int64_t stride_out) {
   if (m == 0 || n == 0) return;
+  if (k == 0) {  // oneDNN takes no empty sum
+    for (int64_t i = 0; i < m; ++i) {
+      float* row = out + i * stride_out;
+      for (int64_t j = 0; j < n; ++j) row[j] = beta == 0 ? 0.0f : beta * row[j];
+    }
+    return;
+  }
   const auto status = dnnl_sgemm(trans_a == Trans::yes ? 'T' : 'N', trans_b == Trans::yes ? 'T' : 'N', m, n,
                                  k, alpha, a, stride_a, b, stride_b, beta, out, stride_out);
   if (status != dnnl_success) fail_run("oneDNN refused an f32 product of ({} x {}) by ({} x {})", m, k, k, n);

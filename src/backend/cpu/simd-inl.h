@@ -48,6 +48,19 @@ HWY_INLINE void store(VF v, bf16_t* p, Whole) {
   hn::StoreU(hn::DemoteTo(dh, hn::BitCast(di, bits)), dh, reinterpret_cast<uint16_t*>(p));
 }
 
+#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX2
+// Without F16C; Highway's own emulation truncates.
+HWY_INLINE VF load(const f16_t* p, Whole) {
+  float lanes[hn::MaxLanes(F32())];
+  for (size_t i = 0; i < hn::Lanes(F32()); ++i) lanes[i] = to_float(p[i]);
+  return hn::LoadU(F32(), lanes);
+}
+HWY_INLINE void store(VF v, f16_t* p, Whole) {
+  float lanes[hn::MaxLanes(F32())];
+  hn::StoreU(v, F32(), lanes);
+  for (size_t i = 0; i < hn::Lanes(F32()); ++i) p[i] = to_f16(lanes[i]);
+}
+#else
 HWY_INLINE VF load(const f16_t* p, Whole) {
   const hn::Rebind<hwy::float16_t, F32> dh;
   return hn::PromoteTo(F32(), hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
@@ -56,6 +69,7 @@ HWY_INLINE void store(VF v, f16_t* p, Whole) {
   const hn::Rebind<hwy::float16_t, F32> dh;
   hn::StoreU(hn::DemoteTo(dh, v), dh, reinterpret_cast<hwy::float16_t*>(p));
 }
+#endif
 
 // Lanes past the end read as zero and are not written.
 template <class T>
