@@ -10,7 +10,7 @@ void generate(Gpt& model, const std::vector<int32_t>& prompt, int64_t max_tokens
               const SamplingOptions& sampling, const std::function<bool(int32_t)>& on_token) {
   check(!prompt.empty(), "cannot continue an empty prompt");
   const int64_t length = std::ssize(prompt), limit = 10 * model.config().sequence_len;
-  check(length + max_tokens <= limit,
+  check(max_tokens <= limit - length,
         "a prompt of {} tokens and {} new ones do not fit the model's {} positions", length, max_tokens,
         limit);
   Backend& backend = model.backend();

@@ -1,5 +1,7 @@
 #include "grad/tape.h"
 
+#include "base/error.h"
+
 namespace flexchat {
 
 void Tape::backward() {
@@ -16,14 +18,14 @@ Var Tape::checkpoint(const Var& x, const Segment& segment) {
   record([this, x, out, segment] {
     const Var again = leaf(backend_.clone(x->value));
     Tape tape(backend_, true);
-    segment(tape, again)->grad = out->grad;
+    const Var end = segment(tape, again);
+    check(end != again || !x->grad.defined(),
+          "a checkpointed segment cannot work in place on what others read");
+    again->grad = x->grad;  // what others added so far: sums must round as they do without checkpointing
+    end->grad = out->grad;
     out->grad = {};
     tape.backward();
-    if (x->grad.defined()) {
-      backend_.axpby(1, again->grad, 1, x->grad);
-    } else {
-      x->grad = again->grad;
-    }
+    x->grad = again->grad;
   });
   return out;
 }

@@ -35,7 +35,8 @@ class Tape {
 
   // Activation checkpointing (Chen et al. 2016): runs `segment` on a copy of x without recording, keeps only
   // x, and runs it again when backward gets there. The same ops in the same order give the same bits.
-  // The segment may work in place on its argument and may read, but not change, other variables.
+  // The segment may read, but not change, other variables; it may work in place on its argument if nothing
+  // else reads x.
   using Segment = std::function<Var(Tape&, const Var&)>;
   Var checkpoint(const Var& x, const Segment& segment);
 

@@ -40,7 +40,7 @@ Var Gpt::trunk(Tape& tape, const Tensor& ids, KvCache* cache, bool last_only) {
   for (int64_t layer = 0; layer < config_.n_layer; ++layer) {
     if (checkpoint_activations_ && tape.recording()) {
       x = tape.checkpoint(x, [this, layer, x0, ids](Tape& t, const Var& in) {
-        return block(t, layer, in, x0, ids, nullptr);
+        return block(t, layer, in, layer == 0 ? in : x0, ids, nullptr);  // the first block's input is x0
       });
     } else {
       x = block(tape, layer, x, x0, ids, cache);
@@ -73,8 +73,7 @@ Var Gpt::block(Tape& tape, int64_t layer, const Var& in, const Var& x0, const Te
             modern ? 1.2 : 1.0);
   linear_add(tape, x, attend(tape, layer, qkv, batch, cache), w.c_proj);
 
-  const Var u = linear(tape, rms_norm(tape, x), w.c_fc);
-  relu_squared_linear_add(tape, x, u, w.mlp_c_proj);
+  mlp_add(tape, x, rms_norm(tape, x), w.c_fc, w.mlp_c_proj);
   return x;
 }
 

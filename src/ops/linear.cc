@@ -1,13 +1,24 @@
+#include <algorithm>
+
 #include "base/error.h"
 #include "ops/ops.h"
 
 namespace flexchat {
 namespace {
 
+// Rows of a chunk of the MLP: their hidden values, some 4*C each, should stay in L2.
+constexpr int64_t kMlpRows = 1024;
+
 void check_product(const Tensor& x, const Weight& weight) {
   check(x.rank() == 2 && weight.value.rank() == 2 && x.dim(1) == weight.value.dim(1),
         "linear: input {} does not fit weight {} (out, in)", shape_string(x.shape()),
         shape_string(weight.value.shape()));
+}
+
+// The residual stream x that a product of h's rows with `weight` is added to.
+void check_residual(const Tensor& x, const Tensor& h, const Weight& weight) {
+  check(x.shape() == Shape{h.dim(0), weight.value.dim(0)}, "linear: ({}, {}) cannot be added to {}", h.dim(0),
+        weight.value.dim(0), shape_string(x.shape()));
 }
 
 // Given dy (N, out): dW += dy^T h, and dh [+]= dy W.
@@ -34,6 +45,7 @@ Var linear(Tape& tape, const Var& x, const Weight& weight) {
 
 void linear_add(Tape& tape, const Var& x, const Var& h, const Weight& weight) {
   check_product(h->value, weight);
+  check_residual(x->value, h->value, weight);
   Backend& backend = tape.backend();
   backend.matmul(h->value, Trans::no, weight.compute, Trans::yes, 1, x->value);
   tape.record([&backend, x, h, &weight] {
@@ -43,21 +55,36 @@ void linear_add(Tape& tape, const Var& x, const Var& h, const Weight& weight) {
   });
 }
 
-void relu_squared_linear_add(Tape& tape, const Var& x, const Var& u, const Weight& weight) {
-  check_product(u->value, weight);
+void mlp_add(Tape& tape, const Var& x, const Var& h, const Weight& fc, const Weight& proj) {
+  check_product(h->value, fc);
+  check(proj.value.dim(1) == fc.value.dim(0), "mlp: proj {} does not fit fc {}",
+        shape_string(proj.value.shape()), shape_string(fc.value.shape()));
+  check_residual(x->value, h->value, proj);
   Backend& backend = tape.backend();
-  {
-    const Tensor a = backend.empty(u->value.shape(), u->value.dtype());
-    backend.relu_squared(u->value, a);
-    backend.matmul(a, Trans::no, weight.compute, Trans::yes, 1, x->value);
+  const int64_t n = h->value.dim(0), hidden = fc.value.dim(0);
+  const DType dtype = h->value.dtype();
+  Tensor u;  // (N, hidden), kept for backward
+  if (tape.recording()) u = backend.empty({n, hidden}, dtype);
+  for (int64_t begin = 0; begin < n; begin += kMlpRows) {
+    const int64_t rows = std::min(kMlpRows, n - begin);
+    const Tensor a = backend.empty({rows, hidden}, dtype), uc = tape.recording() ? u.rows(begin, rows) : a;
+    backend.matmul(h->value.rows(begin, rows), Trans::no, fc.compute, Trans::yes, 0, uc);
+    backend.relu_squared(uc, a);
+    backend.matmul(a, Trans::no, proj.compute, Trans::yes, 1, x->value.rows(begin, rows));
   }
-  tape.record([&backend, x, u, &weight] {
-    const Tensor du = backend.empty(u->value.shape(), u->value.dtype());
-    backend.matmul(x->grad, Trans::no, weight.compute, Trans::no, 0, du);
-    backend.relu_squared_backward(u->value, du);  // u now holds relu(u)^2
-    backend.matmul(x->grad, Trans::yes, u->value, Trans::no, 1, weight.grad);
-    check(!u->grad.defined(), "relu_squared_linear_add must be the only reader of its input");
-    u->grad = du;
+  tape.record([&backend, x, h, u, &fc, &proj] {
+    bool accumulate = false;
+    const Tensor& dh = grad_of(backend, h, &accumulate);
+    const int64_t n_rows = u.dim(0);
+    for (int64_t begin = 0; begin < n_rows; begin += kMlpRows) {
+      const int64_t rows = std::min(kMlpRows, n_rows - begin);
+      const Tensor dx = x->grad.rows(begin, rows), uc = u.rows(begin, rows);
+      const Tensor du = backend.empty(uc.shape(), uc.dtype());
+      backend.matmul(dx, Trans::no, proj.compute, Trans::no, 0, du);
+      backend.relu_squared_backward(uc, du);  // uc now holds relu(uc)^2
+      backend.matmul(dx, Trans::yes, uc, Trans::no, 1, proj.grad);
+      linear_backward(backend, du, h->value.rows(begin, rows), fc, accumulate, dh.rows(begin, rows));
+    }
   });
 }
 

@@ -22,8 +22,9 @@ Var rms_norm(Tape& tape, const Var& x);
 Var linear(Tape& tape, const Var& x, const Weight& weight);
 // x += h W^T, in place on the residual stream x (N, C).
 void linear_add(Tape& tape, const Var& x, const Var& h, const Weight& weight);
-// x += relu(u)^2 W^T, in place; relu(u)^2 is not kept but recomputed in backward.
-void relu_squared_linear_add(Tape& tape, const Var& x, const Var& u, const Weight& weight);
+// x += relu(h fc^T)^2 proj^T, in place on x (N, C), with fc (hidden, C) and proj (C, hidden). Works through
+// chunks of rows whose hidden values stay in cache; backward recomputes relu^2 from what is kept, h fc^T.
+void mlp_add(Tape& tape, const Var& x, const Var& h, const Weight& fc, const Weight& proj);
 
 // Rotary embedding, then RMSNorm over D, then `scale`, in place on the first n_heads heads of qkv (N, row).
 struct RopeTables {

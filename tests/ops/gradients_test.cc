@@ -68,13 +68,21 @@ TEST_F(Gradients, LinearAdd) {
   }
 }
 
-TEST_F(Gradients, ReluSquaredLinearAdd) {
-  for (const auto& [n, in, out] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {3, 7, 2}, {5, 3, 17}}) {
-    Weight w = random_weight(rng, {out, in});
-    check_gradients(fmt::format("({}, {}) to {}", n, in, out), {random({n, out}), random({n, in})}, {&w},
+TEST_F(Gradients, MlpAdd) {
+  for (const auto& [n, c, hidden] :
+       {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {3, 7, 2}, {5, 3, 17}, {515, 2, 3}}) {
+    Weight fc = random_weight(rng, {hidden, c}), proj = random_weight(rng, {c, hidden}),
+           other = random_weight(rng, {2, c});
+    const std::vector<Tensor> inputs = {random({n, c}), random({n, c})};
+    check_gradients(fmt::format("({}, {}) through {}", n, c, hidden), inputs, {&fc, &proj},
                     [&](Tape& tape, const std::vector<Var>& v) {
-                      relu_squared_linear_add(tape, v[0], v[1], w);
+                      mlp_add(tape, v[0], v[1], fc, proj);
                       return weighted_sum(tape, v[0]);
+                    });
+    check_gradients("h read by another", inputs, {&fc, &proj, &other},
+                    [&](Tape& tape, const std::vector<Var>& v) {
+                      mlp_add(tape, v[0], v[1], fc, proj);
+                      return weighted_sum(tape, v[0], 1) + weighted_sum(tape, linear(tape, v[1], other), 2);
                     });
   }
 }
@@ -85,7 +93,7 @@ TEST_F(Gradients, ResidualStreamInPlace) {
          proj = random_weight(rng, {7, 7}, 0.5);
   check_gradients("block", {random({5, 7})}, {&up, &down, &proj}, [&](Tape& tape, const std::vector<Var>& v) {
     linear_add(tape, v[0], rms_norm(tape, v[0]), proj);
-    relu_squared_linear_add(tape, v[0], linear(tape, rms_norm(tape, v[0]), up), down);
+    mlp_add(tape, v[0], rms_norm(tape, v[0]), up, down);
     return weighted_sum(tape, rms_norm(tape, v[0]));
   });
 }

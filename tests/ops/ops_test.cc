@@ -140,7 +140,19 @@ TEST_F(Misuse, ProductsThatDoNotFit) {
   const std::string expected = "linear: input (2, 3) does not fit weight (4, 5) (out, in)";
   EXPECT_EQ(message_of<Error>([&] { linear(tape, var({2, 3}), w); }), expected);
   EXPECT_EQ(message_of<Error>([&] { linear_add(tape, var({2, 4}), var({2, 3}), w); }), expected);
-  EXPECT_EQ(message_of<Error>([&] { relu_squared_linear_add(tape, var({2, 4}), var({2, 3}), w); }), expected);
+  EXPECT_EQ(message_of<Error>([&] { mlp_add(tape, var({2, 3}), var({2, 3}), w, weight({3, 4})); }), expected);
+  EXPECT_EQ(message_of<Error>([&] {
+              mlp_add(tape, var({2, 5}), var({2, 5}), w, weight({5, 3}));
+            }),
+            "mlp: proj (5, 3) does not fit fc (4, 5)");
+  EXPECT_EQ(message_of<Error>([&] {
+              linear_add(tape, var({2, 3}), var({2, 5}), w);
+            }),
+            "linear: (2, 4) cannot be added to (2, 3)");
+  EXPECT_EQ(message_of<Error>([&] {
+              mlp_add(tape, var({3, 5}), var({2, 5}), w, weight({5, 4}));
+            }),
+            "linear: (2, 5) cannot be added to (3, 5)");
 }
 
 TEST_F(Misuse, Attention) {
@@ -179,12 +191,6 @@ TEST_F(Misuse, SecondReaders) {
   h->grad = filled_tensor({2, 5}, DType::f64, 0);
   EXPECT_EQ(message_of<Error>([&] { tape.backward(); }),
             "linear_cross_entropy must be the only reader of its input");
-  const Var x = var({2, 4}), u = var({2, 5});
-  relu_squared_linear_add(tape, x, u, head);
-  x->grad = filled_tensor({2, 4}, DType::f64, 1);
-  u->grad = filled_tensor({2, 5}, DType::f64, 0);
-  EXPECT_EQ(message_of<Error>([&] { tape.backward(); }),
-            "relu_squared_linear_add must be the only reader of its input");
   const Var e = var({2, 5});
   const Weight gate = weight({1, 3}), lambda = weight({1});
   const Var smeared = smear(tape, e, 1, nullptr, gate, lambda);

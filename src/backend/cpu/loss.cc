@@ -9,6 +9,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/dispatch.h"
@@ -53,21 +54,21 @@ float row_max(const float* z, int64_t n) {
   return max_lanes(m);
 }
 
-// sum exp(z - shift); padding lanes are subtracted by masking.
-float sum_exp(const float* z, float shift, int64_t n) {
+// e = exp(z - shift); returns its sum.
+float exp_row(const float* z, float shift, float* e, int64_t n) {
   const VF s = set(shift);
   return sum_row(n, [&](int64_t i, auto lanes) HWY_ATTR {
-    const VF e = hn::Exp(F32(), hn::Sub(load(z + i, lanes), s));
-    if constexpr (std::is_same_v<decltype(lanes), Part>) {
-      return hn::IfThenElseZero(hn::FirstN(F32(), lanes.n), e);
-    } else {
-      return e;
-    }
+    VF v = hn::Exp(F32(), hn::Sub(load(z + i, lanes), s));
+    if constexpr (std::is_same_v<decltype(lanes), Part>)
+      v = hn::IfThenElseZero(hn::FirstN(F32(), lanes.n), v);
+    store(v, e + i, lanes);
+    return v;
   });
 }
 
 template <class T>
-void cross_entropy_row(float* z, int64_t v, int32_t target, float cap, float weight, float* nll, T* grad) {
+void cross_entropy_row(float* z, int64_t v, int32_t target, float cap, float weight, float* e, float* nll,
+                       T* grad) {
   if (target < 0) {
     *nll = 0;
     if (grad) std::fill_n(grad, v, T{});
@@ -76,16 +77,15 @@ void cross_entropy_row(float* z, int64_t v, int32_t target, float cap, float wei
   if (cap > 0) softcap_row(z, cap, v);
   // A softcap up to 30 bounds exp(z) far below overflow, so the pass for the maximum is not needed.
   const float shift = cap > 0 && cap <= 30 ? 0.0f : row_max(z, v);
-  const float lse = shift + std::log(sum_exp(z, shift, v));
+  const float sum = exp_row(z, shift, e, v), lse = shift + std::log(sum);
   *nll = lse - z[target];
   if (!grad) return;
   const float target_logit = z[target];
-  const VF vl = set(lse), w = set(weight), inverse = set(cap > 0 ? 1 / cap : 0.0f);
+  const VF w = set(weight / sum), inverse = set(cap > 0 ? 1 / cap : 0.0f);
   for_each_vector(v, [&](int64_t i, auto lanes) HWY_ATTR {
-    const VF zi = load(z + i, lanes), unit = hn::Mul(zi, inverse);
+    const VF unit = hn::Mul(load(z + i, lanes), inverse);
     const VF slope = hn::NegMulAdd(unit, unit, set(1));  // d softcap / d logit = 1 - (z/cap)^2
-    const VF p = hn::Exp(F32(), hn::Sub(zi, vl));
-    store(hn::Mul(w, hn::Mul(p, slope)), grad + i, lanes);
+    store(hn::Mul(hn::Mul(w, load(e + i, lanes)), slope), grad + i, lanes);
   });
   const float unit = cap > 0 ? target_logit / cap : 0.0f;
   const float at_target = weight * (std::exp(target_logit - lse) - 1) * (1 - unit * unit);
@@ -110,9 +110,10 @@ void CrossEntropy(const Tensor& logits, const Tensor& targets, double cap, doubl
   with_float_type(grad ? grad->dtype() : DType::f32, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(logits.dim(0), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> e(static_cast<size_t>(v));  // stays in L1 or L2 beside the row
       for (int64_t n = begin; n < end; ++n) {
         cross_entropy_row(logits.as<float>() + n * v, v, targets.as<int32_t>()[n], static_cast<float>(cap),
-                          static_cast<float>(weight), nll.as<float>() + n,
+                          static_cast<float>(weight), e.data(), nll.as<float>() + n,
                           grad ? grad->as<T>() + n * v : nullptr);
       }
     });
