@@ -21,8 +21,9 @@ int64_t shape_numel(const Shape& shape) {
 
 Tensor::Tensor(Arena& arena, Shape shape, DType dtype)
     : shape_(std::move(shape)), numel_(shape_numel(shape_)), dtype_(dtype) {
-  check(std::all_of(shape_.begin(), shape_.end(), [](int64_t d) { return d >= 0; }),
-        "a tensor cannot have shape {}", shape_string(shape_));
+  if (std::any_of(shape_.begin(), shape_.end(), [](int64_t d) { return d < 0; })) {
+    fail("a tensor cannot have shape {}", shape_string(shape_));
+  }
   const auto bytes = static_cast<size_t>(numel_ * dtype_size(dtype));
   void* block = arena.allocate(bytes);
   storage_.reset(new Storage{&arena, block, bytes});
@@ -36,15 +37,16 @@ Tensor Tensor::zeros(Arena& arena, Shape shape, DType dtype) {
 }
 
 Tensor Tensor::reshape(Shape shape) const {
-  check(shape_numel(shape) == numel_, "cannot view {} as {}", shape_string(shape_), shape_string(shape));
+  if (shape_numel(shape) != numel_) fail("cannot view {} as {}", shape_string(shape_), shape_string(shape));
   Tensor t = *this;
   t.shape_ = std::move(shape);
   return t;
 }
 
 Tensor Tensor::rows(int64_t begin, int64_t count) const {
-  check(rank() >= 1 && begin >= 0 && count >= 0 && begin + count <= dim(0), "rows [{}, {}) of a tensor {}",
-        begin, begin + count, shape_string(shape_));
+  if (rank() < 1 || begin < 0 || count < 0 || begin + count > dim(0)) {
+    fail("rows [{}, {}) of a tensor {}", begin, begin + count, shape_string(shape_));
+  }
   const int64_t row = dim(0) == 0 ? 0 : numel_ / dim(0);
   Tensor t = *this;
   t.data_ = static_cast<char*>(data_) + begin * row * dtype_size(dtype_);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -10,12 +9,9 @@
 
 #include "base/arena.h"
 #include "base/dtype.h"
+#include "base/shape.h"
 
 namespace flexchat {
-
-using Shape = std::vector<int64_t>;
-std::string shape_string(const Shape& shape);  // "(2, 3)"
-int64_t shape_numel(const Shape& shape);
 
 class Tensor {
  public:

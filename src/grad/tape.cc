@@ -15,6 +15,7 @@ void Tape::backward() {
 Var Tape::checkpoint(const Var& x, const Segment& segment) {
   Tape forward(backend_, false);
   const Var out = leaf(segment(forward, leaf(backend_.clone(x->value)))->value);
+  if (!recording_) return out;
   record([this, x, out, segment] {
     const Var again = leaf(backend_.clone(x->value));
     Tape tape(backend_, true);

@@ -27,9 +27,8 @@ class Tape {
   bool recording() const { return recording_; }
 
   static Var leaf(Tensor value) { return std::make_shared<Node>(Node{std::move(value), {}}); }
-  void record(std::function<void()> backward_step) {
-    if (recording_) steps_.push_back(std::move(backward_step));
-  }
+  // Ops ask recording() first: what a closure captures costs time that inference should not pay.
+  void record(std::function<void()> backward_step) { steps_.push_back(std::move(backward_step)); }
   // The gradients of the last op's outputs must be set.
   void backward();
 

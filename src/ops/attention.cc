@@ -9,9 +9,10 @@ namespace {
 void check_shape(const AttentionShape& s, const Tensor& qkv) {
   check(s.n_head > 0 && s.n_kv_head > 0 && s.n_head % s.n_kv_head == 0,
         "attention: {} key heads do not divide {} query heads", s.n_kv_head, s.n_head);
-  check(qkv.dim(0) == s.batch * s.q_len && qkv.dim(1) == (s.n_head + 2 * s.n_kv_head) * s.head_dim,
-        "attention: qkv {} is not (B*T, (H+2G)*D) = ({}, {})", shape_string(qkv.shape()), s.batch * s.q_len,
-        (s.n_head + 2 * s.n_kv_head) * s.head_dim);
+  if (qkv.dim(0) != s.batch * s.q_len || qkv.dim(1) != (s.n_head + 2 * s.n_kv_head) * s.head_dim) {
+    fail("attention: qkv {} is not (B*T, (H+2G)*D) = ({}, {})", shape_string(qkv.shape()), s.batch * s.q_len,
+         (s.n_head + 2 * s.n_kv_head) * s.head_dim);
+  }
 }
 
 }  // namespace
@@ -33,6 +34,7 @@ Var attention(Tape& tape, const Var& qkv, const AttentionShape& s) {
       tape.recording() ? backend.empty({s.batch, s.n_head, s.q_len}, backend.master_dtype()) : Tensor();
   const auto [q, k, v] = views(qkv->value);
   backend.attention(s, q, k, v, out_view(out->value), tape.recording() ? &lse : nullptr);
+  if (!tape.recording()) return out;
   tape.record([&backend, s, qkv, out, lse, views, out_view] {
     check(!qkv->grad.defined(), "attention must be the only reader of qkv");
     qkv->grad = backend.empty(qkv->value.shape(), qkv->value.dtype());

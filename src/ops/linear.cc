@@ -10,15 +10,15 @@ namespace {
 constexpr int64_t kMlpRows = 1024;
 
 void check_product(const Tensor& x, const Weight& weight) {
-  check(x.rank() == 2 && weight.value.rank() == 2 && x.dim(1) == weight.value.dim(1),
-        "linear: input {} does not fit weight {} (out, in)", shape_string(x.shape()),
-        shape_string(weight.value.shape()));
+  if (x.rank() == 2 && weight.value.rank() == 2 && x.dim(1) == weight.value.dim(1)) return;
+  fail("linear: input {} does not fit weight {} (out, in)", shape_string(x.shape()),
+       shape_string(weight.value.shape()));
 }
 
 // The residual stream x that a product of h's rows with `weight` is added to.
 void check_residual(const Tensor& x, const Tensor& h, const Weight& weight) {
-  check(x.shape() == Shape{h.dim(0), weight.value.dim(0)}, "linear: ({}, {}) cannot be added to {}", h.dim(0),
-        weight.value.dim(0), shape_string(x.shape()));
+  if (x.dim(0) == h.dim(0) && x.dim(1) == weight.value.dim(0)) return;
+  fail("linear: ({}, {}) cannot be added to {}", h.dim(0), weight.value.dim(0), shape_string(x.shape()));
 }
 
 // Given dy (N, out): dW += dy^T h, and dh [+]= dy W.
@@ -35,6 +35,7 @@ Var linear(Tape& tape, const Var& x, const Weight& weight) {
   Backend& backend = tape.backend();
   const Var y = Tape::leaf(backend.empty({x->value.dim(0), weight.value.dim(0)}, x->value.dtype()));
   backend.matmul(x->value, Trans::no, weight.compute, Trans::yes, 0, y->value);
+  if (!tape.recording()) return y;
   tape.record([&backend, x, y, &weight] {
     bool accumulate = false;
     const Tensor& dx = grad_of(backend, x, &accumulate);
@@ -48,6 +49,7 @@ void linear_add(Tape& tape, const Var& x, const Var& h, const Weight& weight) {
   check_residual(x->value, h->value, weight);
   Backend& backend = tape.backend();
   backend.matmul(h->value, Trans::no, weight.compute, Trans::yes, 1, x->value);
+  if (!tape.recording()) return;
   tape.record([&backend, x, h, &weight] {
     bool accumulate = false;
     const Tensor& dh = grad_of(backend, h, &accumulate);
@@ -72,6 +74,7 @@ void mlp_add(Tape& tape, const Var& x, const Var& h, const Weight& fc, const Wei
     backend.relu_squared(uc, a);
     backend.matmul(a, Trans::no, proj.compute, Trans::yes, 1, x->value.rows(begin, rows));
   }
+  if (!tape.recording()) return;
   tape.record([&backend, x, h, u, &fc, &proj] {
     bool accumulate = false;
     const Tensor& dh = grad_of(backend, h, &accumulate);

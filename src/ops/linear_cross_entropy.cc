@@ -46,6 +46,7 @@ Tensor linear_cross_entropy(Tape& tape, const Var& h, const Weight& head, const 
     backend.matmul(grad, Trans::no, w, Trans::no, 0, dh.rows(begin, rows));
     backend.matmul(grad, Trans::yes, xc, Trans::no, 1, dw);
   }
+  if (!tape.recording()) return nll;
   tape.record([h, dh] {
     check(!h->grad.defined(), "linear_cross_entropy must be the only reader of its input");
     h->grad = dh;

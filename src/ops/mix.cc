@@ -11,11 +11,13 @@ Coefficient coefficient(const Scalar& s) {
 }  // namespace
 
 Var mix(Tape& tape, Scalar a, const Var& x, Scalar b, const Var& y) {
-  check(x->value.shape() == y->value.shape(), "mix: {} and {} differ", shape_string(x->value.shape()),
-        shape_string(y->value.shape()));
+  if (x->value.shape() != y->value.shape()) {
+    fail("mix: {} and {} differ", shape_string(x->value.shape()), shape_string(y->value.shape()));
+  }
   Backend& backend = tape.backend();
   const Var out = Tape::leaf(backend.empty(x->value.shape(), x->value.dtype()));
   backend.mix(coefficient(a), x->value, coefficient(b), y->value, out->value);
+  if (!tape.recording()) return out;
   tape.record([&backend, a, b, x, y, out] {
     bool accumulate_dx = false, accumulate_dy = false;
     const Tensor& dx = grad_of(backend, x, &accumulate_dx);
@@ -37,6 +39,7 @@ Var smear(Tape& tape, const Var& e, int64_t batch, const Tensor* previous, const
   const Tensor sigmoid = backend.empty({batch, n / batch}, backend.master_dtype());
   backend.smear(e->value.reshape(shape), previous, gate.value, lambda.value, out->value.reshape(shape),
                 sigmoid);
+  if (!tape.recording()) return out;
   tape.record([&backend, e, out, shape, sigmoid, &gate, &lambda] {
     check(!e->grad.defined(), "smear must be the only reader of its input");
     e->grad = backend.empty(e->value.shape(), e->value.dtype());
@@ -53,6 +56,7 @@ void value_gate(Tape& tape, const Var& qkv, const Var& h, const Weight& table, c
   Backend& backend = tape.backend();
   const Tensor g = backend.empty({ids.numel(), gate.value.dim(0)}, backend.master_dtype());
   backend.value_gate(table.value, ids, h->value, gate.value, qkv->value, g);
+  if (!tape.recording()) return;
   tape.record([&backend, qkv, h, &table, &gate, ids, g] {
     bool accumulate = false;
     const Tensor& dh = grad_of(backend, h, &accumulate);

@@ -10,6 +10,7 @@ Var embed_norm(Tape& tape, const Weight& table, const Tensor& ids, DType compute
   const Tensor rstd = backend.empty({n}, backend.master_dtype());
   backend.embed_norm(table.value, ids, y->value, rstd);
   // y itself is not kept: the residual stream works on it in place.
+  if (!tape.recording()) return y;
   tape.record([&backend, y, &table, ids, rstd] {
     backend.embed_norm_backward(y->grad, table.value, ids, rstd, table.grad);
   });
@@ -21,6 +22,7 @@ Var rms_norm(Tape& tape, const Var& x) {
   const Var y = Tape::leaf(backend.empty(x->value.shape(), x->value.dtype()));
   const Tensor rstd = backend.empty({x->value.dim(0)}, backend.master_dtype());
   backend.rms_norm(x->value, y->value, rstd);
+  if (!tape.recording()) return y;
   tape.record([&backend, x, y, rstd] {
     bool accumulate = false;
     const Tensor& dx = grad_of(backend, x, &accumulate);
@@ -38,6 +40,7 @@ void rope_norm(Tape& tape, const Var& qkv, const RopeTables& tables, int64_t bat
   const Tensor rstd = backend.empty({n, n_heads}, backend.master_dtype());
   const Shape shape = {batch, t_len, row};
   backend.rope_norm(qkv->value.reshape(shape), tables.cos, tables.sin, n_heads, q_offset, scale, rstd);
+  if (!tape.recording()) return;
   tape.record([&backend, qkv, &tables, shape, n_heads, q_offset, scale, rstd] {
     backend.rope_norm_backward(qkv->value.reshape(shape), tables.cos, tables.sin, n_heads, q_offset, scale,
                                rstd, qkv->grad.reshape(shape));

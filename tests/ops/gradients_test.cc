@@ -70,7 +70,7 @@ TEST_F(Gradients, LinearAdd) {
 
 TEST_F(Gradients, MlpAdd) {
   for (const auto& [n, c, hidden] :
-       {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {3, 7, 2}, {5, 3, 17}, {515, 2, 3}}) {
+       {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {3, 7, 2}, {5, 3, 17}, {1030, 2, 3}}) {
     Weight fc = random_weight(rng, {hidden, c}), proj = random_weight(rng, {c, hidden}),
            other = random_weight(rng, {2, c});
     const std::vector<Tensor> inputs = {random({n, c}), random({n, c})};

@@ -159,7 +159,30 @@ void forward_block(const AttentionShape& s, int64_t b, int64_t h, int64_t r0, in
   }
 }
 
-// One query row: two passes over the keys without products; keys and values are read once.
+// out = sum_j p[j] * v[j] over n rows `stride` apart: a block of columns stays in registers while rows stream
+// by.
+template <class T>
+void weighted_sum(const float* p, const T* v, int64_t stride, int64_t n, float* out, int64_t d) {
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  int64_t i = 0;
+  for (; i + 8 * lanes <= d; i += 8 * lanes) {
+    VF s[8];
+    for (VF& x : s) x = set(0);
+    for (int64_t j = 0; j < n; ++j) {
+      const VF w = set(p[j]);
+      for (int64_t r = 0; r < 8; ++r)
+        s[r] = hn::MulAdd(w, load(v + j * stride + i + r * lanes, Whole()), s[r]);
+    }
+    for (int64_t r = 0; r < 8; ++r) store(s[r], out + i + r * lanes, Whole());
+  }
+  for_each_vector(d - i, [&](int64_t c, auto part) HWY_ATTR {
+    VF s = set(0);
+    for (int64_t j = 0; j < n; ++j) s = hn::MulAdd(set(p[j]), load(v + j * stride + i + c, part), s);
+    store(s, out + i + c, part);
+  });
+}
+
+// One query row needs no products: keys and values are each streamed once.
 template <class T>
 void forward_row(const AttentionShape& s, int64_t b, int64_t h, int64_t r, const HeadsView& q,
                  const HeadsView& k, const HeadsView& v, const HeadsView& out, float* lse, Scratch& x) {
@@ -167,16 +190,15 @@ void forward_row(const AttentionShape& s, int64_t b, int64_t h, int64_t r, const
   const Range keys = visible(s, r);
   const int64_t n = keys.end - keys.begin;
   x.s.resize(static_cast<size_t>(n));
-  x.o.assign(static_cast<size_t>(d), 0.0f);
-  const T* qr = head<T>(q, b, r, h, d);
-  for (int64_t j = 0; j < n; ++j)
-    x.s[static_cast<size_t>(j)] = dot(qr, head<T>(k, b, keys.begin + j, g, d), d);
+  x.o.resize(static_cast<size_t>(d));
+  const T *qr = head<T>(q, b, r, h, d), *kr = head<T>(k, b, keys.begin, g, d);
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) four_dots(qr, kr + j * k.token_stride, k.token_stride, d, x.s.data() + j);
+  for (; j < n; ++j) x.s[static_cast<size_t>(j)] = dot(qr, kr + j * k.token_stride, d);
   const auto scale = static_cast<float>(s.scale);
   const float shift = n > 0 ? scale * max_row(x.s.data(), n) : 0.0f;
   const float sum = exp_row(x.s.data(), n, 0, n, scale, shift);
-  for (int64_t j = 0; j < n; ++j) {
-    add_scaled(x.s[static_cast<size_t>(j)], head<T>(v, b, keys.begin + j, g, d), x.o.data(), d);
-  }
+  weighted_sum(x.s.data(), head<T>(v, b, keys.begin, g, d), v.token_stride, n, x.o.data(), d);
   put_row(x.o.data(), sum > 0 ? 1 / sum : 0.0f, head<T>(out, b, r, h, d), d);
   if (lse) lse[r] = shift + std::log(sum);
 }
@@ -187,7 +209,7 @@ void Attention(const AttentionShape& s, const HeadsView& q, const HeadsView& k, 
     using T = std::remove_pointer_t<decltype(type)>;
     // A single short row is cheaper than waking a thread.
     const int64_t work = s.q_len * s.kv_len * s.head_dim;
-    const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(work, 1));
+    const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(work, 1));
     parallel_for(s.batch * s.n_head, grain, [&](int64_t begin, int64_t end) {
       Scratch x;
       for (int64_t i = begin; i < end; ++i) {

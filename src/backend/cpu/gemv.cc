@@ -15,28 +15,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace flexchat::HWY_NAMESPACE {
 
-// Four rows of b against one row of a: four independent chains, one load of a for four products.
-template <class A, class B>
-HWY_INLINE void four_dots(const A* a, const B* b, int64_t k, float* out) {
-  const auto lanes = static_cast<int64_t>(hn::Lanes(F32()));
-  VF s[8];
-  for (VF& v : s) v = set(0);
-  int64_t i = 0;
-  for (; i + 2 * lanes <= k; i += 2 * lanes) {
-    const VF a0 = load(a + i, Whole()), a1 = load(a + i + lanes, Whole());
-    for (int r = 0; r < 4; ++r) {
-      s[r] = hn::MulAdd(a0, load(b + r * k + i, Whole()), s[r]);
-      s[r + 4] = hn::MulAdd(a1, load(b + r * k + i + lanes, Whole()), s[r + 4]);
-    }
-  }
-  for (; i < k; i += lanes) {
-    const Part part{static_cast<size_t>(std::min(lanes, k - i))};
-    const VF a0 = load(a + i, part);
-    for (int r = 0; r < 4; ++r) s[r] = hn::MulAdd(a0, load(b + r * k + i, part), s[r]);
-  }
-  for (int r = 0; r < 4; ++r) out[r] = sum_lanes(hn::Add(s[r], s[r + 4]));
-}
-
 template <class A, class B, class C>
 void gemv_columns(const A* a, const B* b, C* out, int64_t m, int64_t n, int64_t k, bool accumulate,
                   int64_t begin, int64_t end) {
@@ -54,7 +32,7 @@ void gemv_columns(const A* a, const B* b, C* out, int64_t m, int64_t n, int64_t 
   int64_t j = begin;
   for (; j + 4 <= end; j += 4) {
     for (int64_t i = 0; i < m; ++i) {
-      four_dots(a + i * k, b + j * k, k, values);
+      four_dots(a + i * k, b + j * k, k, k, values);
       for (int r = 0; r < 4; ++r) put(i, j + r, values[r]);
     }
   }
