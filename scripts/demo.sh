@@ -5,10 +5,10 @@
 #
 #   scripts/demo.sh
 #
-# DEMO_ITERATIONS: training steps, default 300.
+# DEMO_ITERATIONS: training steps, default 220.
 set -euo pipefail
 
-readonly DEMO_ITERATIONS=${DEMO_ITERATIONS:-300}
+readonly DEMO_ITERATIONS=${DEMO_ITERATIONS:-220}
 readonly DEMO_DEPTH=4 DEMO_SEQUENCE_LEN=256 DEMO_VOCAB_SIZE=4096
 readonly PLACE_BYTES=6000000     # at most this much from each place, so that no kind of text drowns the others
 readonly SMALLEST_TEXT=2000000   # bytes: less is not worth training on
@@ -90,7 +90,8 @@ build/cpu/flexchat tokenizer train --data runs/demo/data --vocab-size "$DEMO_VOC
 heading "training"
 rm -rf runs/train/demo
 build/cpu/flexchat train base --data runs/demo/data --tokenizer runs/demo/tokenizer --run-id demo \
-  --depth "$DEMO_DEPTH" --sequence-len "$DEMO_SEQUENCE_LEN" --num-iterations "$DEMO_ITERATIONS"
+  --depth "$DEMO_DEPTH" --sequence-len "$DEMO_SEQUENCE_LEN" --num-iterations "$DEMO_ITERATIONS" \
+  --device-batch-size 8 --total-batch-size 8192 --eval-every 55 --eval-tokens 65536 --save-every 55 --sample-every 110
 
 heading "sample"
 build/cpu/flexchat generate --model runs/train/demo --prompt "The " --max-tokens 64 --temperature 0.8 --top-k 50 --seed 1

@@ -1,4 +1,5 @@
-// The sizes of a tensor's dimensions, held inline: shapes are made for every operation, so they must not allocate.
+// The sizes of a tensor's dimensions, held inline: shapes are made for every operation, so they must not
+// allocate.
 #pragma once
 
 #include <algorithm>

@@ -26,7 +26,4 @@ std::string format_count(int64_t n);
 // 3723 s -> "1h02m", 75 s -> "1m15s", 4.2 s -> "4.2s"
 std::string format_duration(double seconds);
 
-// `text` with every invalid UTF-8 sequence replaced by U+FFFD; adds the number of replacements to *replaced.
-std::string replace_invalid_utf8(std::string_view text, int64_t* replaced);
-
 }  // namespace flexchat

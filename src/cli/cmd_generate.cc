@@ -9,6 +9,7 @@
 #include "base/options.h"
 #include "base/parallel.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 #include "cli/command.h"
 #include "engine/generate.h"
 #include "engine/load_model.h"

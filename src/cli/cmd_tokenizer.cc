@@ -20,7 +20,7 @@
 #include "tokenizer/bpe_train.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/tokenizer.h"
-#include "tokenizer/utf8.h"
+#include "base/utf8.h"
 
 namespace flexchat {
 namespace {

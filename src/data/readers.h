@@ -51,7 +51,4 @@ void check_parquet(const std::string& path);
 // ("file:line") when the line is not a JSON object or has no such field.
 std::string parse_jsonl_line(std::string_view line, const std::string& where, int64_t* replaced);
 
-// Replaces invalid sequences in place; free of copies when `text` is plain ASCII.
-void make_valid_utf8(std::string& text, int64_t* replaced);
-
 }  // namespace flexchat

@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 #include "data/readers.h"
 
 namespace flexchat {
@@ -49,18 +50,6 @@ class InputFile {
 };
 
 bool is_continuation(char c) { return (static_cast<unsigned char>(c) & 0xC0) == 0x80; }
-
-bool is_ascii(char c) { return static_cast<signed char>(c) >= 0; }
-
-// Where the run of ASCII bytes from `i` on ends.
-size_t ascii_end(std::string_view text, size_t i) {
-  for (uint64_t word = 0; i + sizeof word <= text.size(); i += sizeof word) {
-    std::memcpy(&word, text.data() + i, sizeof word);
-    if ((word & 0x8080808080808080u) != 0) break;
-  }
-  while (i < text.size() && is_ascii(text[i])) ++i;
-  return i;
-}
 
 // Where to end a document whose text goes on past `limit` bytes; in (limit / 2, limit]. view.size() > limit.
 size_t cut_point(std::string_view view, size_t limit) {
@@ -286,25 +275,6 @@ void replace_lone_surrogates(std::string& line, int64_t* replaced) {
 }
 
 }  // namespace
-
-// Copies ASCII runs whole and leaves only the runs between them to the decoder: an ASCII byte is never part
-// of a longer sequence.
-void make_valid_utf8(std::string& text, int64_t* replaced) {
-  size_t i = ascii_end(text, 0);
-  if (i == text.size()) return;
-  std::string out;
-  out.reserve(text.size() + 16);
-  out.append(text, 0, i);
-  while (i < text.size()) {
-    const size_t begin = i;
-    while (i < text.size() && !is_ascii(text[i])) ++i;
-    out += replace_invalid_utf8(std::string_view(text).substr(begin, i - begin), replaced);
-    const size_t ascii = i;
-    i = ascii_end(text, i);
-    out.append(text, ascii, i - ascii);
-  }
-  text = std::move(out);
-}
 
 std::string parse_jsonl_line(std::string_view line, const std::string& where, int64_t* replaced) {
   std::string repaired(line);

@@ -25,6 +25,7 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 
 #ifndef FLEXCHAT_VERSION
 #define FLEXCHAT_VERSION "unknown"

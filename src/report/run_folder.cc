@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 #include "report/environment.h"
 
 namespace flexchat {

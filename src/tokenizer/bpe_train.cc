@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "base/progress.h"
+#include "base/utf8.h"
 #include "tokenizer/split.h"
 #include "tokenizer/work_queue.h"
 
@@ -40,7 +41,7 @@ class Reader {
         ended_ = true;
         break;
       }
-      if (valid_utf8_prefix(text) != text.size()) text = replace_invalid_sequences(text, &result_.replaced);
+      make_valid_utf8(text, &result_.replaced);
       if (options_.doc_cap > 0) {
         const std::string_view head = first_characters(text, options_.doc_cap);
         if (head.size() < text.size()) {

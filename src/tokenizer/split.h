@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "tokenizer/char_class.h"
-#include "tokenizer/utf8.h"
+#include "base/utf8.h"
 
 namespace flexchat {
 

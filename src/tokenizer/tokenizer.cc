@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 #include "tokenizer/bpe_encoder.h"
 #include "tokenizer/split.h"
 #include "tokenizer/work_queue.h"
@@ -69,7 +70,7 @@ struct Tokenizer::State {
                               BpeEncoder::Scratch& scratch, int64_t* replaced) const {
     std::string repaired;
     if (valid_utf8_prefix(text) != text.size()) {
-      repaired = replace_invalid_sequences(text, replaced);
+      repaired = replace_invalid_utf8(text, replaced);
       text = repaired;
     }
     scratch.clear();
@@ -94,7 +95,7 @@ Tokenizer::Tokenizer(std::string name, std::string_view pattern, std::vector<std
   for (const std::string& token : state_->special_tokens) {
     check(!token.empty() && valid_utf8_prefix(token) == token.size(),
           "a special token must be non-empty UTF-8 text, got '{}'",
-          replace_invalid_sequences(token, nullptr));
+          replace_invalid_utf8(token, nullptr));
     check(seen.insert(token).second, "the special token '{}' is given twice", token);
   }
 }
@@ -166,7 +167,7 @@ std::string Tokenizer::decode_bytes(std::span<const int32_t> ids) const {
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids) const {
-  return replace_invalid_sequences(decode_bytes(ids), nullptr);
+  return replace_invalid_utf8(decode_bytes(ids), nullptr);
 }
 
 }  // namespace flexchat

@@ -7,7 +7,7 @@
 #include "base/file.h"
 #include "base/strings.h"
 #include "tokenizer/tokenizer.h"
-#include "tokenizer/utf8.h"
+#include "base/utf8.h"
 
 namespace flexchat {
 namespace {

@@ -1,5 +1,6 @@
 // Text helpers: nearest names, number formats, UTF-8 replacement.
 #include "base/strings.h"
+#include "base/utf8.h"
 
 #include <gtest/gtest.h>
 
@@ -72,9 +73,9 @@ TEST(Strings, InvalidUtf8IsReplacedAndCounted) {
       {"\xE0\x9F\xBF", kBad + kBad + kBad, 3},             // overlong
       {"\xED\xA0\x80", kBad + kBad + kBad, 3},             // a surrogate
       {"\xF4\x90\x80\x80", kBad + kBad + kBad + kBad, 4},  // above U+10FFFF
-      {"\xE2\x82", kBad + kBad, 2},                        // cut off
-      {"\xE2\x82z", kBad + kBad + "z", 2},
-      {"\xF0\x9F\x90", kBad + kBad + kBad, 3},
+      {"\xE2\x82", kBad, 1},                               // cut off: one replacement
+      {"\xE2\x82z", kBad + "z", 1},
+      {"\xF0\x9F\x90", kBad, 1},
       {"\xC3\xC3\xA9", kBad + "\xC3\xA9", 1},  // goes on at the next possible start
   };
   for (const auto& c : cases) {

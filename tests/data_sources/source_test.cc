@@ -6,6 +6,7 @@
 #include "base/file.h"
 #include "base/rng.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 #include "data/readers.h"
 #include "data_sources/helpers.h"
 
@@ -159,21 +160,6 @@ TEST(JsonlSource, LoneSurrogatesAreReplaced) {
   EXPECT_EQ(replaced, 4);
   EXPECT_EQ(parse("\\\\ud83d", &replaced), "\\ud83d");  // an escaped backslash, not an escape of a character
   EXPECT_EQ(replaced, 4);
-}
-
-TEST(Source, ValidationEqualsThePlainDecoder) {
-  Rng rng(5);
-  const std::string pieces[] = {"plain ascii text ", "\u00e9", "\u20ac", "\U0001F600", "\xFF", "\xC3",
-                                "\xE2\x82",          "\x80",   "z"};
-  for (int i = 0; i < 2000; ++i) {
-    std::string text;
-    for (uint64_t n = rng.below(12); n > 0; --n) text += pieces[rng.below(9)];
-    int64_t expected_replaced = 0, replaced = 0;
-    const std::string expected = replace_invalid_utf8(text, &expected_replaced);
-    make_valid_utf8(text, &replaced);
-    ASSERT_EQ(text, expected);
-    ASSERT_EQ(replaced, expected_replaced);
-  }
 }
 
 TEST(Source, InvalidUtf8IsReplacedAndCounted) {

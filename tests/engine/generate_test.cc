@@ -32,6 +32,7 @@ class Generate : public testing::TestWithParam<Arch> {
     }
     return {tokens.begin() + start, tokens.end()};
   }
+  const Threads one_thread{1};  // these models are too small for more
   std::unique_ptr<Backend> cpu = make_cpu_backend();
   Gpt model{tiny_config(GetParam()), *cpu, DType::f32};
   const std::vector<int32_t> prompt = {3, 1, 4, 1, 5};

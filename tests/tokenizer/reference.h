@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/rng.h"
-#include "tokenizer/utf8.h"
+#include "base/utf8.h"
 
 namespace flexchat::reference {
 

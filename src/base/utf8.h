@@ -1,5 +1,5 @@
-// UTF-8 as the tokenizer needs it: fast validation, a reader for text known to be valid, counting and
-// cropping by characters, and replacement of what is invalid exactly as Python's bytes.decode("utf-8",
+// UTF-8: fast validation, a reader for text known to be valid, counting and cropping by characters, and
+// replacement of what is invalid exactly as Python's bytes.decode("utf-8",
 // "replace") does. "Character" means code point.
 #pragma once
 
@@ -31,7 +31,10 @@ size_t valid_utf8_prefix(std::string_view text);
 
 // `text` with U+FFFD for every maximal invalid subsequence (a truncated character is one replacement, any
 // other bad byte is one). Adds the number of replacements to *replaced, which may be null.
-std::string replace_invalid_sequences(std::string_view text, int64_t* replaced);
+std::string replace_invalid_utf8(std::string_view text, int64_t* replaced);
+
+// The same in place; leaves valid text untouched.
+void make_valid_utf8(std::string& text, int64_t* replaced);
 
 int64_t count_characters(std::string_view valid_text);
 

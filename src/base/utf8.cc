@@ -1,5 +1,5 @@
 // Validation goes 16 ASCII bytes at a time; everything else one sequence at a time by RFC 3629.
-#include "tokenizer/utf8.h"
+#include "base/utf8.h"
 
 #include <cstring>
 
@@ -68,7 +68,7 @@ size_t valid_utf8_prefix(std::string_view text) {
   return text.size();
 }
 
-std::string replace_invalid_sequences(std::string_view text, int64_t* replaced) {
+std::string replace_invalid_utf8(std::string_view text, int64_t* replaced) {
   std::string out;
   out.reserve(text.size());
   for (;;) {
@@ -79,6 +79,10 @@ std::string replace_invalid_sequences(std::string_view text, int64_t* replaced) 
     if (replaced) ++*replaced;
     text.remove_prefix(good + sequence_at(text, good).bytes);
   }
+}
+
+void make_valid_utf8(std::string& text, int64_t* replaced) {
+  if (valid_utf8_prefix(text) != text.size()) text = replace_invalid_utf8(text, replaced);
 }
 
 int64_t count_characters(std::string_view valid_text) {

@@ -1,12 +1,12 @@
 // UTF-8: validation, replacement as Python does it, cropping by characters.
-#include "tokenizer/utf8.h"
+#include "base/utf8.h"
 
 #include <gtest/gtest.h>
 
 namespace flexchat {
 namespace {
 
-std::string replaced_text(std::string_view text, int64_t* n) { return replace_invalid_sequences(text, n); }
+std::string replaced_text(std::string_view text, int64_t* n) { return replace_invalid_utf8(text, n); }
 
 TEST(Utf8, ReplacesMaximalSubsequencesLikePython) {
   // Expected: len(b.decode("utf-8", "replace").split("\ufffd")) - 1 and the text, from CPython 3.11.
@@ -41,7 +41,7 @@ TEST(Utf8, ReplacesMaximalSubsequencesLikePython) {
     for (size_t at = c.text.find(bad); at != std::string::npos; at = c.text.find(bad, at + 3)) ++expected;
     EXPECT_EQ(n, expected) << testing::PrintToString(c.bytes);
     EXPECT_EQ(valid_utf8_prefix(c.bytes) == c.bytes.size(), expected == 0);
-    EXPECT_EQ(replace_invalid_sequences(c.bytes, nullptr), c.text);
+    EXPECT_EQ(replace_invalid_utf8(c.bytes, nullptr), c.text);
   }
 }
 
