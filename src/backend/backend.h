@@ -166,6 +166,11 @@ class Backend {
   // ---- head and loss --------------------------------------------------------------------------------
   // z = cap * tanh(z / cap) in place; cap <= 0: unchanged.
   virtual void softcap(const Tensor& z, double cap) = 0;
+  // out[n] = the index of the largest of x[n], the first of equals; -1 for a row of NaN alone. A row that mixes
+  // numbers and NaN gives any index.
+  virtual void argmax(const Tensor& x,    // (N, V) master
+                      const Tensor& out)  // (N) i32
+      = 0;
   // With z = softcap(logits): nll[n] = logsumexp(z[n]) - z[n, target[n]], 0 where target < 0.
   // When grad is given: grad = weight * d nll / d logits (rows with target < 0 are 0); it may be logits
   // itself.

@@ -129,5 +129,43 @@ TEST_P(CrossEntropy, IgnoredRowsAreZero) {
   }
 }
 
+TEST(Softcap, NanStaysNan) {
+  const auto cpu = make_cpu_backend();
+  const Tensor z = filled_tensor({1, 21}, DType::f32, 0.5);
+  z.set(3, std::nan(""));
+  z.set(20, std::nan(""));
+  cpu->softcap(z, 15);
+  EXPECT_TRUE(std::isnan(z.get(3)));
+  EXPECT_TRUE(std::isnan(z.get(20)));
+  EXPECT_NEAR(z.get(4), 15 * std::tanh(0.5 / 15), 1e-6);
+}
+
+TEST(Argmax, FirstOfTheLargest) {
+  Rng rng(3);
+  const auto cpu = make_cpu_backend();
+  const auto reference = make_reference_backend();
+  for (const int64_t v : {1, 2, 7, 16, 33, 250, 4097}) {
+    const Tensor x = random_tensor(rng, {5, v}, DType::f32);
+    for (int64_t n = 1; n < 5; ++n) {  // equals: the first counts
+      x.set(n * v + v / 2, 9);
+      x.set(n * v + v - 1, 9);
+    }
+    const Tensor wide(host_arena(), {5, v}, DType::f64);
+    for (int64_t i = 0; i < x.numel(); ++i) wide.set(i, x.get(i));
+    const Tensor a = filled_tensor({5}, DType::i32, -7), b = filled_tensor({5}, DType::i32, -7);
+    cpu->argmax(x, a);
+    reference->argmax(wide, b);
+    for (int64_t n = 0; n < 5; ++n) {
+      EXPECT_EQ(a.get(n), b.get(n)) << v;
+      if (n > 0) {
+        EXPECT_EQ(a.get(n), v / 2) << v;
+      }
+    }
+    const Tensor nothing = filled_tensor({1, v}, DType::f32, std::nan(""));
+    cpu->argmax(nothing, a);
+    EXPECT_EQ(a.get(0), -1);
+  }
+}
+
 }  // namespace
 }  // namespace flexchat

@@ -161,6 +161,7 @@ TEST(Checkpoint, SameBitsOfLossAndGradientsInLessMemory) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (const int64_t n_layer : {1, 2, 5}) {
         SCOPED_TRACE(fmt::format("{} {} {} layers", arch_name(arch), dtype_name(dtype), n_layer));
+        const Threads scope(n_layer == 2 ? 2 : 1);
         GptConfig config = tiny_config(arch);
         config.n_layer = n_layer;
         Gpt model(config, *cpu, dtype);
@@ -181,6 +182,7 @@ TEST(Checkpoint, SameBitsOfLossAndGradientsInLessMemory) {
 
 // A second step reuses the blocks of the first: the arena does not grow.
 TEST(Checkpoint, StepsReuseTheirMemory) {
+  const Threads one_thread(1);
   const auto cpu = make_cpu_backend();
   for (const bool checkpointing : {false, true}) {
     Gpt model(tiny_config(Arch::modern), *cpu, DType::f32);

@@ -84,6 +84,7 @@ TEST(GptGradients, Accumulate) {
 
 // Rows of the padded vocabulary are named by no token and stand behind no logit.
 TEST(GptGradients, PaddedVocabularyRowsGetNone) {
+  const Threads one_thread(1);
   const auto cpu = make_cpu_backend();
   for (const Arch arch : {Arch::classic, Arch::modern}) {
     Gpt model(tiny_config(arch), *cpu, DType::f32);

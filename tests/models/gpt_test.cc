@@ -73,7 +73,11 @@ std::vector<std::vector<int64_t>> all_cuts(int64_t t_len) {
   return cuts;
 }
 
-TEST(GptCache, ClassicGivesTheSameLogitsForEveryCut) {
+class GptCache : public testing::Test {
+  const Threads one_thread_{1};  // these models are too small for more
+};
+
+TEST_F(GptCache, ClassicGivesTheSameLogitsForEveryCut) {
   for (const Precision& p : {kReference, kCpu}) {
     const auto backend = make_backend(p.backend);
     Gpt model(tiny_config(Arch::classic), *backend, p.dtype);
@@ -86,7 +90,7 @@ TEST(GptCache, ClassicGivesTheSameLogitsForEveryCut) {
 }
 
 // Modern: a prefill, then single tokens. The smear of a chunk's first token is the exception below.
-TEST(GptCache, ModernGivesTheSameLogitsForPrefillAndDecode) {
+TEST_F(GptCache, ModernGivesTheSameLogitsForPrefillAndDecode) {
   for (const Precision& p : {kReference, kCpu}) {
     const auto backend = make_backend(p.backend);
     Gpt model(tiny_config(Arch::modern), *backend, p.dtype);
@@ -107,7 +111,7 @@ TEST(GptCache, ModernGivesTheSameLogitsForPrefillAndDecode) {
 }
 
 // The reference system smears no chunk's first token, unless the chunk is that token alone.
-TEST(GptCache, ModernChunkStartsWithoutSmear) {
+TEST_F(GptCache, ModernChunkStartsWithoutSmear) {
   const auto backend = make_reference_backend();
   Gpt model(tiny_config(Arch::modern), *backend, DType::f64);
   randomize(model, 1);
@@ -127,7 +131,7 @@ TEST(GptCache, ModernChunkStartsWithoutSmear) {
 }
 
 // Prefill and decode where the short window of 128 and then the long one of sequence_len cut keys off.
-TEST(GptCache, BeyondTheWindows) {
+TEST_F(GptCache, BeyondTheWindows) {
   for (const Arch arch : {Arch::classic, Arch::modern}) {
     const auto cpu = make_cpu_backend();
     GptConfig config = tiny_config(arch);
@@ -143,7 +147,7 @@ TEST(GptCache, BeyondTheWindows) {
   }
 }
 
-TEST(GptCache, LastOnlyIsTheLastRow) {
+TEST_F(GptCache, LastOnlyIsTheLastRow) {
   for (const Arch arch : {Arch::classic, Arch::modern}) {
     for (const Precision& p : {kReference, kCpu}) {
       const auto backend = make_backend(p.backend);
@@ -162,7 +166,7 @@ TEST(GptCache, LastOnlyIsTheLastRow) {
   }
 }
 
-TEST(GptCache, OverflowIsRefusedAndHarmless) {
+TEST_F(GptCache, OverflowIsRefusedAndHarmless) {
   const auto cpu = make_cpu_backend();
   Gpt model(tiny_config(Arch::modern), *cpu, DType::f32);
   randomize(model, 1);
@@ -190,6 +194,7 @@ TEST(Gpt, PositionsEndWithTheRotaryTable) {
 }
 
 TEST(Gpt, BatchRowsAreIndependent) {
+  const Threads one_thread(1);
   for (const Arch arch : {Arch::classic, Arch::modern}) {
     const auto cpu = make_cpu_backend();
     Gpt model(tiny_config(arch), *cpu, DType::f32);
@@ -214,6 +219,7 @@ TEST(Gpt, BatchRowsAreIndependent) {
 // Logits, loss and gradients of the CPU against double precision with the same weights. bf16 and f16 round
 // weights and every activation; their bounds are some tens of unit roundoffs.
 TEST(Gpt, CpuMatchesTheReference) {
+  const Threads one_thread(1);
   const auto reference = make_reference_backend(), cpu = make_cpu_backend();
   for (const Arch arch : {Arch::classic, Arch::modern}) {
     Gpt exact(tiny_config(arch), *reference, DType::f64);
@@ -263,7 +269,7 @@ TEST(Gpt, ThreadsAndRepetition) {
     for (const int threads : {1, 2}) {
       const Threads scope(threads);
       const std::vector<Tensor> first = gradients();
-      for (int repeat = 0; repeat < 5; ++repeat) {
+      for (int repeat = 0; repeat < 3; ++repeat) {
         const std::vector<Tensor> next = gradients();
         for (size_t i = 0; i < first.size(); ++i) {
           EXPECT_TRUE(same_bits(next[i], first[i]))

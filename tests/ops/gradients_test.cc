@@ -69,21 +69,26 @@ TEST_F(Gradients, LinearAdd) {
 }
 
 TEST_F(Gradients, MlpAdd) {
+  // The last has more rows than a chunk.
   for (const auto& [n, c, hidden] :
        {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {3, 7, 2}, {5, 3, 17}, {1030, 2, 3}}) {
     Weight fc = random_weight(rng, {hidden, c}), proj = random_weight(rng, {c, hidden}),
            other = random_weight(rng, {2, c});
     const std::vector<Tensor> inputs = {random({n, c}), random({n, c})};
-    check_gradients(fmt::format("({}, {}) through {}", n, c, hidden), inputs, {&fc, &proj},
-                    [&](Tape& tape, const std::vector<Var>& v) {
-                      mlp_add(tape, v[0], v[1], fc, proj);
-                      return weighted_sum(tape, v[0]);
-                    });
-    check_gradients("h read by another", inputs, {&fc, &proj, &other},
-                    [&](Tape& tape, const std::vector<Var>& v) {
-                      mlp_add(tape, v[0], v[1], fc, proj);
-                      return weighted_sum(tape, v[0], 1) + weighted_sum(tape, linear(tape, v[1], other), 2);
-                    });
+    check_gradients(
+        fmt::format("({}, {}) through {}", n, c, hidden), inputs, {&fc, &proj},
+        [&](Tape& tape, const std::vector<Var>& v) {
+          mlp_add(tape, v[0], v[1], fc, proj);
+          return weighted_sum(tape, v[0]);
+        },
+        100);
+    check_gradients(
+        "h read by another", inputs, {&fc, &proj, &other},
+        [&](Tape& tape, const std::vector<Var>& v) {
+          mlp_add(tape, v[0], v[1], fc, proj);
+          return weighted_sum(tape, v[0], 1) + weighted_sum(tape, linear(tape, v[1], other), 2);
+        },
+        100);
   }
 }
 

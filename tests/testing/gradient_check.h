@@ -71,9 +71,11 @@ inline Weight random_weight(Rng& rng, const Shape& shape, double scale = 1) {
   return {value, filled_tensor(shape, DType::f64, 0), value};
 }
 
-// Every element of every input and weight. Weight gradients must be added to what is there.
+// Every element of every input and weight, or a sample of `limit` of each. Weight gradients must be added to
+// what is there.
 inline void check_gradients(const std::string& where, const std::vector<Tensor>& inputs,
-                            const std::vector<Weight*>& weights, const Graph& graph) {
+                            const std::vector<Weight*>& weights, const Graph& graph,
+                            int64_t limit = 1 << 30) {
   SCOPED_TRACE(where);
   constexpr double kBefore = 0.25;
   const auto backend = make_reference_backend();
@@ -90,12 +92,12 @@ inline void check_gradients(const std::string& where, const std::vector<Tensor>&
   const auto loss = [&] { return run(false).first; };
   EXPECT_EQ(recorded_loss, loss()) << "recording changes the result";
   for (size_t i = 0; i < inputs.size(); ++i) {
-    expect_gradient(fmt::format("input {}", i), inputs[i], vars[i]->grad, loss);
+    expect_gradient(fmt::format("input {}", i), inputs[i], vars[i]->grad, loss, limit);
   }
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor gradient = duplicate(weights[i]->grad);
     for (int64_t j = 0; j < gradient.numel(); ++j) gradient.set(j, gradient.get(j) - kBefore);
-    expect_gradient(fmt::format("weight {}", i), weights[i]->value, gradient, loss);
+    expect_gradient(fmt::format("weight {}", i), weights[i]->value, gradient, loss, limit);
   }
 }
 

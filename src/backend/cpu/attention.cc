@@ -209,7 +209,7 @@ void Attention(const AttentionShape& s, const HeadsView& q, const HeadsView& k, 
     using T = std::remove_pointer_t<decltype(type)>;
     // A single short row is cheaper than waking a thread.
     const int64_t work = s.q_len * s.kv_len * s.head_dim;
-    const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(work, 1));
+    const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(work, 1));
     parallel_for(s.batch * s.n_head, grain, [&](int64_t begin, int64_t end) {
       Scratch x;
       for (int64_t i = begin; i < end; ++i) {

@@ -31,7 +31,7 @@ HWY_INLINE VF fast_tanh(VF x) {
   p = hn::MulAdd(p, x2, set(2.0f / 15));
   p = hn::MulAdd(p, x2, set(-1.0f / 3));
   const VF small = hn::MulAdd(hn::Mul(p, x2), x, x);
-  return hn::IfThenElse(hn::Lt(a, set(0.35f)), small, large);
+  return hn::IfThenElse(hn::Ge(a, set(0.35f)), large, small);  // this way round, a NaN stays one
 }
 
 void softcap_row(float* z, float cap, int64_t n) {
@@ -104,6 +104,18 @@ void Softcap(const Tensor& z, double cap) {
   });
 }
 
+// The largest value first, then where it stands: two fast passes over a row in cache.
+void Argmax(const Tensor& x, const Tensor& out) {
+  const int64_t v = x.dim(1);
+  parallel_for(x.dim(0), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* row = x.as<float>() + n * v;
+      const float* at = std::find(row, row + v, row_max(row, v));
+      out.as<int32_t>()[n] = at == row + v ? -1 : static_cast<int32_t>(at - row);
+    }
+  });
+}
+
 void CrossEntropy(const Tensor& logits, const Tensor& targets, double cap, double weight, const Tensor& nll,
                   const Tensor* grad) {
   const int64_t v = logits.dim(1);
@@ -127,9 +139,11 @@ HWY_AFTER_NAMESPACE();
 namespace flexchat {
 
 HWY_EXPORT(Softcap);
+HWY_EXPORT(Argmax);
 HWY_EXPORT(CrossEntropy);
 
 void CpuBackend::softcap(const Tensor& z, double cap) { HWY_DYNAMIC_DISPATCH(Softcap)(z, cap); }
+void CpuBackend::argmax(const Tensor& x, const Tensor& out) { HWY_DYNAMIC_DISPATCH(Argmax)(x, out); }
 void CpuBackend::cross_entropy(const Tensor& logits, const Tensor& targets, double cap, double weight,
                                const Tensor& nll, const Tensor* grad) {
   HWY_DYNAMIC_DISPATCH(CrossEntropy)(logits, targets, cap, weight, nll, grad);

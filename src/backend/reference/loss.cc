@@ -10,6 +10,18 @@ void ReferenceBackend::softcap(const Tensor& z, double cap) {
   for (int64_t i = 0; i < z.numel(); ++i) z.as<double>()[i] = cap * std::tanh(z.as<double>()[i] / cap);
 }
 
+void ReferenceBackend::argmax(const Tensor& x, const Tensor& out) {
+  const int64_t v = x.dim(1);
+  for (int64_t n = 0; n < x.dim(0); ++n) {
+    int64_t best = -1;
+    for (int64_t j = 0; j < v; ++j) {
+      const double value = x.as<double>()[n * v + j];
+      if (!std::isnan(value) && (best < 0 || value > x.as<double>()[n * v + best])) best = j;
+    }
+    out.as<int32_t>()[n] = static_cast<int32_t>(best);
+  }
+}
+
 void ReferenceBackend::cross_entropy(const Tensor& logits, const Tensor& targets, double cap, double weight,
                                      const Tensor& nll, const Tensor* grad) {
   const int64_t v = logits.dim(1);

@@ -49,6 +49,7 @@ class ReferenceBackend final : public Backend {
   void smear_backward(const Tensor& dout, const Tensor& e, const Tensor& weight, const Tensor& lambda,
                       const Tensor& sigmoid, const Tensor& de, const Tensor& dweight,
                       const Tensor& dlambda) override;
+  void argmax(const Tensor& x, const Tensor& out) override;
   void softcap(const Tensor& z, double cap) override;
   void cross_entropy(const Tensor& logits, const Tensor& targets, double cap, double weight,
                      const Tensor& nll, const Tensor* grad) override;
