@@ -1,8 +1,6 @@
 // oneDNN matrix products behind a small interface that hides its 2.x / 3.x differences.
 #pragma once
 
-#include <string>
-
 #include "backend/backend.h"
 
 namespace flexchat {
@@ -23,9 +21,7 @@ void sgemm(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, float 
 bool bf16_matmul(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
                  bool accumulate, void* out, DType out_dtype);
 
-// Whether bf16 products run natively here, and the name of oneDNN's effective instruction set.
+// Whether bf16 products run natively here.
 bool bf16_matmul_supported();
-std::string dnnl_isa_name();
-std::string dnnl_version_string();
 
 }  // namespace flexchat

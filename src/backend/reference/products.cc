@@ -1,5 +1,4 @@
-#include <cstring>
-
+#include "backend/host_rows.h"
 #include "backend/reference/reference_backend.h"
 
 namespace flexchat {
@@ -14,15 +13,7 @@ void ReferenceBackend::fill(const Tensor& out, double value) {
 
 void ReferenceBackend::copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
                                  const HeadsView& to) {
-  const int64_t size = dtype_size(from.dtype);
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      std::memcpy(
-          static_cast<char*>(to.data) + (b * to.batch_stride + t * to.token_stride) * size,
-          static_cast<const char*>(from.data) + (b * from.batch_stride + t * from.token_stride) * size,
-          static_cast<size_t>(width * size));
-    }
-  }
+  copy_rows_on_host(batch, tokens, width, from, to);
 }
 
 void ReferenceBackend::matmul(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b, double beta,
