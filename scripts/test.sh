@@ -32,7 +32,7 @@ export ASAN_OPTIONS=halt_on_error=1:detect_leaks=1:detect_stack_use_after_return
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 # oneDNN, Arrow and libgomp are not built for ThreadSanitizer: it sees their memory traffic through the C
 # library, but not the barriers that order it.
-export TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:ignore_noninstrumented_modules=1
+export TSAN_OPTIONS=halt_on_error=1:atexit_sleep_ms=0:second_deadlock_stack=1:ignore_noninstrumented_modules=1
 
 # The sanitizers' shadow memory has a fixed place, which random addresses of some kernels collide with.
 fixed_addresses=()

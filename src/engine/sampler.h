@@ -18,7 +18,7 @@ struct SamplingOptions {
 class Sampler {
  public:
   explicit Sampler(const SamplingOptions& options);  // Error on a negative or non-finite option
-  // `logits` (V) f32. One uniform draw a token, so a session's stream position is its number of tokens.
+  // `logits` (V) f32. One uniform draw a token; none at temperature 0.
   int32_t sample(std::span<const float> logits);
 
  private:

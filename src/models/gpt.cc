@@ -9,6 +9,16 @@ namespace {
 
 constexpr double kSoftcap = 15;
 
+// Ids index tables, so one from another tokenizer must not get through.
+void check_ids(const Tensor& ids, int64_t vocab_size) {
+  const auto* id = ids.as<int32_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    if (id[i] < 0 || id[i] >= vocab_size) {
+      fail("token id {} at position {} is outside the vocabulary of {}", id[i], i, vocab_size);
+    }
+  }
+}
+
 }  // namespace
 
 Gpt::Gpt(const GptConfig& config, Backend& backend, DType compute)
@@ -26,6 +36,7 @@ Var Gpt::trunk(Tape& tape, const Tensor& ids, KvCache* cache, bool last_only) {
   const bool modern = config_.arch == Arch::modern;
   const int64_t batch = ids.dim(0);
   const Tensor flat_ids = ids.reshape({ids.numel()});
+  check_ids(flat_ids, config_.vocab_size);
 
   Var x = embed_norm(tape, wte_, flat_ids, compute_);
   if (modern) {
@@ -110,6 +121,12 @@ Var Gpt::last_position(const Var& x, int64_t batch) const {
 Tensor Gpt::nll(Tape& tape, const Tensor& ids, const Tensor& targets, double weight) {
   check(ids.shape() == targets.shape() && ids.rank() == 2, "ids {} and targets {} must both be (B, T)",
         shape_string(ids.shape()), shape_string(targets.shape()));
+  for (int64_t i = 0; i < targets.numel(); ++i) {
+    if (targets.as<int32_t>()[i] >= config_.vocab_size) {
+      fail("target {} at position {} is outside the vocabulary of {}", targets.as<int32_t>()[i], i,
+           config_.vocab_size);
+    }
+  }
   const Var h = trunk(tape, ids, nullptr, false);
   return linear_cross_entropy(tape, h, lm_head_, targets, config_.vocab_size, kSoftcap, weight);
 }

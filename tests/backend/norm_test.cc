@@ -35,7 +35,7 @@ TEST_P(Norm, RmsNormOfTinyRows) {
 
 TEST_P(Norm, RmsNormBackward) {
   for (const bool accumulate : {false, true}) {
-    for (const int64_t n : {1, 2, 17, 70}) {
+    for (const int64_t n : {1, 17, 70}) {
       for (const int64_t c : kAwkward) {
         const Tolerance tolerance = {.least_scale = 1};  // at c = 1 the terms may cancel
         check_kernel(
@@ -43,7 +43,7 @@ TEST_P(Norm, RmsNormBackward) {
             {in(random({n, c})), in(random({n, c})), in(random_rstd({n})),
              accumulate ? update(random({n, c}), tolerance) : out({n, c}, dtype(), tolerance)},
             [=](Backend& b, const Tensors& t) { b.rms_norm_backward(t[0], t[1], t[2], accumulate, t[3]); },
-            {.repeats = n == 70 && c == 129 ? 20 : 0});
+            {.repeats = n == 70 && c == 129 ? 10 : 0});
       }
     }
   }
@@ -64,15 +64,15 @@ TEST_P(Norm, EmbedNorm) {
 
 // Repeated ids add up in token order whatever the threads; rows that no token names stay as they were.
 TEST_P(Norm, EmbedNormBackward) {
-  for (const int64_t n : {1, 5, 70}) {
-    for (const int64_t c : kAwkward) {
+  for (const int64_t n : {1, 19, 70}) {
+    for (const int64_t c : n == 70 ? std::vector<int64_t>{129} : kAwkward) {
       for (const int64_t v : {1, 2, 250}) {
         check_kernel(
             fmt::format("{} ids below {}, {} columns", n, v, c),
             {in(random({n, c})), in(random_tensor(rng, {v, c}, DType::f32)), in(random_ids(rng, {n}, v)),
              in(random_rstd({n})), update(random_tensor(rng, {v, c}, DType::f32), {.least_scale = 4})},
             [](Backend& b, const Tensors& t) { b.embed_norm_backward(t[0], t[1], t[2], t[3], t[4]); },
-            {.repeats = n == 70 && c == 129 ? 20 : 0});
+            {.repeats = n == 70 ? 20 : 0});
       }
     }
   }

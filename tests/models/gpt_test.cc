@@ -488,5 +488,25 @@ TEST(Gpt, RefusesAnotherPrecisionThanTheBackends) {
             "ids (2, 3) and targets (3, 2) must both be (B, T)");
 }
 
+TEST(Gpt, IdsOutsideTheVocabularyAreRefused) {
+  const auto backend = make_cpu_backend();
+  Gpt model({Arch::classic, 8, 37, 1, 2, 2, 16, ""}, *backend, DType::f32);
+  model.init_weights(1);
+  const Tensor ids(host_arena(), {1, 3}, DType::i32), targets(host_arena(), {1, 3}, DType::i32);
+  for (int64_t i = 0; i < 3; ++i) {
+    ids.set(i, 36);
+    targets.set(i, -1);
+  }
+  EXPECT_NO_THROW(model.logits(ids));
+  for (const double bad : {37.0, -1.0, 64.0}) {
+    ids.set(1, bad);
+    EXPECT_THROW(model.logits(ids), Error);
+  }
+  ids.set(1, 0);
+  targets.set(2, 37);
+  Tape tape(*backend, false);
+  EXPECT_THROW(model.nll(tape, ids, targets, 1), Error);
+}
+
 }  // namespace
 }  // namespace flexchat
