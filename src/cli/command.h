@@ -16,5 +16,6 @@ int cmd_verify(const Words& words);
 int cmd_tokenizer(const Words& words);
 int cmd_bench(const Words& words);
 int cmd_info(const Words& words);
+int cmd_mask(const Words& words);
 
 }  // namespace flexchat

@@ -27,6 +27,7 @@ constexpr Command kCommands[] = {
     {"tokenizer", cmd_tokenizer, "train, use and evaluate a tokenizer"},
     {"verify", cmd_verify, "check numerics against references: verify golden"},
     {"bench", cmd_bench, "measure speed and memory"},
+    {"mask", cmd_mask, "count and draw the blocks that a mask expression visits"},
     {"info", cmd_info, "build, processor, devices, kernels that can run here"},
 };
 
