@@ -25,7 +25,8 @@ struct GoldenCommand {
     o.add("--device", &device, "where to run").choices({"cpu", "reference"});
     o.add("--dtype", &dtype, "compute dtype on the CPU; the reference runs in f64")
         .choices({"f32", "bf16", "f16"});
-    o.add("--muon-dtype", &muon_dtype, "dtype of Muon's iterations; auto: as the reference systems")
+    o.add("--muon-dtype", &muon_dtype,
+          "dtype of Muon's iterations; auto: bf16 when computing in bf16, else f32")
         .choices({"auto", "bf16", "f32"});
     o.add("--threads", &threads, "CPU threads").at_least(1);
     o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");

@@ -60,7 +60,7 @@ void TrainOptions::declare(Options& o) {
       .at_most(1);
   add("--final-lr-frac", &final_lr_frac, "rate at the end (default 0, modern 0.05)").at_least(0).at_most(1);
   add("--grad-clip", &grad_clip, "limit of the gradient's norm; 0: none (default 1, modern 0)").at_least(0);
-  add("--muon-dtype", &muon_dtype, "dtype of Muon's iterations; auto: bf16, modern: the compute dtype")
+  add("--muon-dtype", &muon_dtype, "dtype of Muon's iterations; auto: bf16 when computing in bf16, else f32")
       .choices({"auto", "bf16", "f32"});
   add("--ordinal-lr", &ordinal.initial_lr, "ordinal schedule: rate of every group at the start");
   add("--ordinal-patience", &ordinal.patience, "ordinal schedule: steps without improvement").at_least(1);
@@ -123,7 +123,7 @@ OptimizerConfig TrainOptions::optimizer_config(const GptConfig& config) const {
   } else if (muon_dtype != "auto") {
     c.muon_dtype = parse_dtype(muon_dtype);
   } else {
-    c.muon_dtype = config.arch == Arch::classic || compute_dtype() == DType::bf16 ? DType::bf16 : DType::f32;
+    c.muon_dtype = compute_dtype() == DType::bf16 ? DType::bf16 : DType::f32;
   }
   return c;
 }

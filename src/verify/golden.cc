@@ -93,7 +93,7 @@ class Golden {
   DType muon_dtype() const {
     if (backend_.master_dtype() == DType::f64) return DType::f64;
     if (options_.muon_dtype) return *options_.muon_dtype;
-    return config_.arch == Arch::classic || options_.compute == DType::bf16 ? DType::bf16 : DType::f32;
+    return options_.compute == DType::bf16 ? DType::bf16 : DType::f32;
   }
 
   // Mean loss over valid targets; leaves gradients in the model. f16 needs its loss scaled as in training.

@@ -15,8 +15,8 @@ namespace flexchat {
 
 struct GoldenOptions {
   DType compute = DType::f32;
-  // Of Muon's iterations. Nothing: what the reference systems do, bf16 for classic and, for modern, the dtype
-  // that computes (which was f32 when the goldens were made).
+  // Of Muon's iterations. Nothing: bf16 when computing in bf16, else f32. The classic goldens iterated in
+  // bf16, whose rounding two correct implementations don't share; f32 is the stable way to compare.
   std::optional<DType> muon_dtype;
 };
 
