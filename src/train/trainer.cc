@@ -239,10 +239,16 @@ void Trainer::log_step(const StepResult& r) {
                {"mem_mb", memory / 1e6}};
   if (scaler_) line["loss_scale"] = scaler_->scale();
   run_.append_metrics(line);
+  rate_ = rate;
+  show_progress();
+}
+
+void Trainer::show_progress() {
   std::string note = fmt::format("loss {:.4f}", smooth_loss_);
   if (last_bpb_) note += fmt::format("  bpb {:.4f}", *last_bpb_);
-  note += fmt::format("  {} tok/s  {:.1f} GFLOP/s  {}", format_count(static_cast<int64_t>(rate)),
-                      rate * flops_per_token(config_) / 1e9, format_bytes(memory));
+  note += fmt::format("  {} tok/s  {:.1f} GFLOP/s  {}", format_count(static_cast<int64_t>(rate_)),
+                      rate_ * flops_per_token(config_) / 1e9,
+                      format_bytes(static_cast<double>(backend_->arena().stats().peak)));
   progress_->update(step_, note);
 }
 
@@ -252,6 +258,7 @@ void Trainer::evaluate() {
   if (!best_bpb_ || *last_bpb_ < *best_bpb_) best_bpb_ = last_bpb_;
   run_.append_metrics({{"step", step_}, {"val_bpb", *last_bpb_}});
   progress_->message(fmt::format("step {:>6}  validation bpb {:.4f}", step_, *last_bpb_));
+  if (step_ > first_step_) show_progress();
 }
 
 void Trainer::sample() {

@@ -56,6 +56,7 @@ class Trainer {
   void evaluate();
   void sample();
   void log_step(const StepResult& result);
+  void show_progress();
   void finish(const std::string& status);
   double lr_multiplier() const;
 
@@ -84,6 +85,7 @@ class Trainer {
   int64_t first_step_ = 0;  // of this process
   int64_t accumulation_ = 1;
   double smooth_loss_ = 0, last_loss_ = 0, train_seconds_ = 0, process_seconds_ = 0;
+  double rate_ = 0;  // tokens per second of the last step
   std::optional<double> best_bpb_, last_bpb_;
 };
 
