@@ -5,31 +5,27 @@
 
 #include "base/error.h"
 #include "base/options.h"
-#include "base/parallel.h"
 #include "cli/command.h"
-#include "engine/load_model.h"
+#include "cli/model_options.h"
 #include "train/evaluate.h"
 
 namespace flexchat {
 namespace {
 
 struct BpbCommand {
-  std::string model, tokenizer, device = "cpu", dtype = "f32", split = "val";
+  ModelOptions model;
+  std::string split = "val";
   std::vector<std::string> data;
-  int64_t tokens = 1 << 20, batch = 8, threads = num_threads();
+  int64_t tokens = 1 << 20, batch = 8;
   bool json = false;
 
   void declare(Options& o) {
-    o.add("--model", &model, "a run folder (newest checkpoint) or a checkpoint folder").required();
+    model.declare(o);
     o.add("--data", &data, "files, globs or folders of .txt, .md, .jsonl, .parquet").required();
     o.add("--split", &split, "which part of the data: the one training leaves out, or all")
         .choices({"val", "all"});
-    o.add("--tokenizer", &tokenizer, "folder of a tokenizer, if not the run's own");
     o.add("--tokens", &tokens, "how many tokens to evaluate").at_least(1);
     o.add("--batch", &batch, "rows at a time").at_least(1);
-    o.add("--device", &device, "where to compute").choices({"cpu", "reference"});
-    o.add("--dtype", &dtype, "compute dtype").choices({"f32", "bf16", "f16"});
-    o.add("--threads", &threads, "CPU threads").at_least(1);
     o.add("--json", &json, "print JSON");
   }
 };
@@ -39,10 +35,8 @@ int eval_bpb(const Words& words) {
   Options options("flexchat eval bpb", "Bits per byte of a trained model.");
   c.declare(options);
   if (!options.parse(words)) return 0;
-  set_num_threads(static_cast<int>(c.threads));
-  const auto backend = make_backend(c.device);
-  const LoadedModel loaded =
-      load_model(c.model, c.tokenizer, *backend, c.device == "reference" ? DType::f64 : parse_dtype(c.dtype));
+  const auto opened = c.model.open();
+  const LoadedModel& loaded = opened.loaded;
   LoaderConfig config;
   config.data = c.data;
   if (c.split == "all") config.val_data = c.data;

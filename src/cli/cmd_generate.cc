@@ -7,33 +7,29 @@
 
 #include "base/error.h"
 #include "base/options.h"
-#include "base/parallel.h"
 #include "base/strings.h"
 #include "base/utf8.h"
 #include "cli/command.h"
+#include "cli/model_options.h"
 #include "engine/generate.h"
-#include "engine/load_model.h"
 
 namespace flexchat {
 namespace {
 
 struct GenerateCommand {
-  std::string model, tokenizer, prompt, device = "cpu", dtype = "f32";
-  int64_t max_tokens = 128, top_k = 50, seed = 42, threads = num_threads();
+  ModelOptions model;
+  std::string prompt;
+  int64_t max_tokens = 128, top_k = 50, seed = 42;
   double temperature = 0.8;
   bool json = false;
 
   void declare(Options& o) {
-    o.add("--model", &model, "a run folder (newest checkpoint) or a checkpoint folder").required();
-    o.add("--tokenizer", &tokenizer, "folder of a tokenizer, if not the run's own");
+    model.declare(o);
     o.add("--prompt", &prompt, "text to continue; empty: from nothing");
     o.add("--max-tokens", &max_tokens, "new tokens at most").at_least(1);
     o.add("--temperature", &temperature, "0: always the likeliest token").at_least(0);
     o.add("--top-k", &top_k, "sample among this many likeliest tokens; 0: all").at_least(0);
     o.add("--seed", &seed, "of the sampling").at_least(0);
-    o.add("--device", &device, "where to compute").choices({"cpu", "reference"});
-    o.add("--dtype", &dtype, "compute dtype").choices({"f32", "bf16", "f16"});
-    o.add("--threads", &threads, "CPU threads").at_least(1);
     o.add("--json", &json, "print {prompt_ids, ids, text, tok_per_sec} instead of streaming the text");
   }
 };
@@ -59,10 +55,7 @@ int cmd_generate(const Words& words) {
   Options options("flexchat generate", "Continue a prompt with a trained model.");
   c.declare(options);
   if (!options.parse(words)) return 0;
-  set_num_threads(static_cast<int>(c.threads));
-  const auto backend = make_backend(c.device);
-  const LoadedModel loaded =
-      load_model(c.model, c.tokenizer, *backend, c.device == "reference" ? DType::f64 : parse_dtype(c.dtype));
+  const auto [backend, loaded] = c.model.open();
   const Tokenizer& tokenizer = loaded.tokenizer;
   const std::vector<int32_t> prompt = tokenizer.encode(c.prompt, {tokenizer.bos(), {}, nullptr});
 

@@ -14,13 +14,13 @@
 #include "base/options.h"
 #include "base/parallel.h"
 #include "base/strings.h"
+#include "base/utf8.h"
 #include "cli/command.h"
 #include "data/source.h"
 #include "report/table.h"
 #include "tokenizer/bpe_train.h"
 #include "tokenizer/chat.h"
 #include "tokenizer/tokenizer.h"
-#include "base/utf8.h"
 
 namespace flexchat {
 namespace {

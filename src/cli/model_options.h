@@ -1,0 +1,27 @@
+// What every command that runs a trained model asks for, declared once.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "base/options.h"
+#include "engine/load_model.h"
+
+namespace flexchat {
+
+struct ModelOptions {
+  std::string model, tokenizer, device = "cpu", dtype = "f32";
+  int64_t threads;
+
+  ModelOptions();
+  void declare(Options& o);
+
+  struct Opened {
+    std::unique_ptr<Backend> backend;  // outlives the model
+    LoadedModel loaded;
+  };
+  // Sets the number of threads and loads the model. Errors as load_model.
+  Opened open() const;
+};
+
+}  // namespace flexchat
