@@ -28,35 +28,24 @@ bool same_node(const Node& x, const Node& y) {
 }
 
 struct HashNode {
-  size_t operator()(const Node* node) const { return node->hash; }
+  size_t operator()(const std::shared_ptr<const Node>& node) const { return node->hash; }
 };
 struct SameNode {
-  bool operator()(const Node* x, const Node* y) const { return same_node(*x, *y); }
+  bool operator()(const std::shared_ptr<const Node>& x, const std::shared_ptr<const Node>& y) const {
+    return same_node(*x, *y);
+  }
 };
 
-// A node that knows its owner, so that the pool can hand out another share of it.
-struct PooledNode : Node, std::enable_shared_from_this<PooledNode> {
-  explicit PooledNode(Node node) : Node(std::move(node)) {}
-};
-
+// Every node ever made, one of each kind. Nodes are small and expressions few, so they live as long as the
+// program: nothing is released under the lock, or ever.
 struct Pool {
   std::mutex mutex;
-  std::unordered_set<const Node*, HashNode, SameNode> live;
+  std::unordered_set<std::shared_ptr<const Node>, HashNode, SameNode> nodes;
 };
 
 Pool& pool() {
   static Pool* const instance = new Pool;  // never destroyed: expressions with static lifetime outlive it
   return *instance;
-}
-
-void release(PooledNode* node) {
-  {
-    Pool& p = pool();
-    const std::lock_guard lock(p.mutex);
-    const auto found = p.live.find(node);
-    if (found != p.live.end() && *found == node) p.live.erase(found);
-  }
-  delete node;  // outside the lock: this releases the operands in turn
 }
 
 size_t hash_of(const Node& node) {
@@ -84,23 +73,10 @@ Expr make_node(Node node) {
   check(node.depth <= max_depth, "the expression is nested more than {} levels deep", max_depth);
   node.hash = hash_of(node);
 
+  const auto fresh = std::make_shared<const Node>(std::move(node));
   Pool& p = pool();
-  auto fresh = std::make_unique<PooledNode>(std::move(node));
-  std::shared_ptr<const Node> result;
-  {
-    const std::lock_guard lock(p.mutex);
-    const auto found = p.live.find(fresh.get());
-    if (found != p.live.end()) {
-      result = static_cast<const PooledNode*>(*found)->weak_from_this().lock();
-      if (!result) p.live.erase(found);  // its last owner has gone and release() waits for the lock
-    }
-    if (!result) {
-      std::shared_ptr<PooledNode> owned(fresh.release(), release);
-      p.live.insert(owned.get());
-      result = std::move(owned);
-    }
-  }
-  return Expr(std::move(result));
+  const std::lock_guard lock(p.mutex);
+  return Expr(*p.nodes.insert(fresh).first);
 }
 
 namespace {
