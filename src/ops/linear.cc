@@ -6,7 +6,8 @@
 namespace flexchat {
 namespace {
 
-// Rows of a chunk of the MLP: their hidden values, some 4*C each, should stay in L2.
+// Rows of a chunk of the MLP: their hidden values, some 4*C each, should stay near the cores; measured best
+// of 256 to 4096.
 constexpr int64_t kMlpRows = 1024;
 
 void check_product(const Tensor& x, const Weight& weight) {

@@ -8,7 +8,7 @@
 namespace flexchat {
 namespace {
 
-constexpr int64_t kLogitBytes = int64_t{8} << 20;  // about the L2 of two cores
+constexpr int64_t kLogitBytes = int64_t{8} << 20;  // measured best of 4, 8 and 16 MiB on two cores
 constexpr int64_t kLeastRows = 128;                // below this the weight gradient's product is starved
 
 }  // namespace
