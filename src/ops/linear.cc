@@ -6,8 +6,8 @@
 namespace flexchat {
 namespace {
 
-// Rows of a chunk of the MLP: their hidden values, some 4*C each, should stay near the cores; measured best
-// of 256 to 4096.
+// Rows of a chunk of the MLP: bounds its temporaries and keeps its hidden values, 4*C each, near the cores.
+// Sizes from 256 to 4096 measured within a few percent of each other.
 constexpr int64_t kMlpRows = 1024;
 
 void check_product(const Tensor& x, const Weight& weight) {
