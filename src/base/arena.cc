@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "base/error.h"
 #include "base/strings.h"
@@ -26,6 +27,10 @@ HostArena::~HostArena() {
   for (auto& [size, blocks] : free_) {
     for (void* block : blocks) std::free(block);
   }
+}
+
+void HostArena::read(const void* from, void* host_memory, size_t bytes) const {
+  std::memcpy(host_memory, from, bytes);
 }
 
 void* HostArena::allocate(size_t bytes) {

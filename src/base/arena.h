@@ -15,13 +15,16 @@ namespace flexchat {
 class Arena {
  public:
   virtual ~Arena() = default;
+  virtual bool host() const = 0;  // can the CPU read and write its memory?
+  virtual void read(const void* from, void* host_memory, size_t bytes) const = 0;
   virtual void* allocate(size_t bytes) = 0;  // throws RunError naming the amount when memory is out
   virtual void release(void* block, size_t bytes) = 0;
 
   struct Stats {
-    size_t in_use = 0;    // bytes handed out now
-    size_t peak = 0;      // highest in_use since the last reset_peak()
-    size_t reserved = 0;  // bytes held from the system
+    size_t in_use = 0;         // bytes handed out now
+    size_t peak = 0;           // highest in_use since the last reset_peak()
+    size_t reserved = 0;       // bytes held from the system
+    double fragmentation = 0;  // 1 - largest free block / all free memory; 0 where it is not known
   };
   virtual Stats stats() const = 0;
   virtual void reset_peak() = 0;
@@ -30,6 +33,8 @@ class Arena {
 class HostArena final : public Arena {
  public:
   ~HostArena() override;
+  bool host() const override { return true; }
+  void read(const void* from, void* host_memory, size_t bytes) const override;
   void* allocate(size_t bytes) override;
   void release(void* block, size_t bytes) override;
   Stats stats() const override;

@@ -2,6 +2,9 @@
 // Exit codes of the program: 0 pass, 1 a check failed or a run broke, 2 bad usage or bad input.
 #pragma once
 
+#ifdef __CUDACC__  // fmt 9 takes nvcc for a compiler without constexpr
+#define FMT_USE_CONSTEXPR 1
+#endif
 #include <fmt/core.h>
 
 #include <stdexcept>

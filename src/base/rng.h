@@ -28,7 +28,10 @@ class Rng {
  public:
   explicit Rng(uint64_t seed, uint64_t stream = 0) : seed_(seed), stream_(stream) {}
   uint32_t next_u32();
-  uint64_t next_u64() { return (static_cast<uint64_t>(next_u32()) << 32) | next_u32(); }
+  uint64_t next_u64() {
+    const uint64_t high = next_u32();
+    return high << 32 | next_u32();
+  }
   double uniform();                // [0, 1), 53 bits
   double normal();                 // Box-Muller, two uniforms a sample
   uint64_t below(uint64_t bound);  // [0, bound), unbiased; bound > 0

@@ -397,6 +397,24 @@ void SafetensorsFile::copy_to(const std::string& tensor, const Tensor& target) c
 
 // ---- writer --------------------------------------------------------------------------------------------
 
+namespace {
+
+// A tensor of a device comes over piece by piece: a model need not fit host memory twice.
+void write_bytes(const Tensor& tensor, const ByteSink& sink) {
+  const auto* data = tensor.as<char>();
+  const auto bytes = static_cast<size_t>(tensor.bytes());
+  if (tensor.arena().host()) return sink(data, bytes);
+  constexpr size_t kPiece = size_t{64} << 20;
+  std::vector<char> piece(std::min(bytes, kPiece));
+  for (size_t at = 0; at < bytes; at += kPiece) {
+    const size_t n = std::min(kPiece, bytes - at);
+    tensor.arena().read(data + at, piece.data(), n);
+    sink(piece.data(), n);
+  }
+}
+
+}  // namespace
+
 std::vector<std::string> write_safetensors(const ByteSink& sink, const NamedTensors& tensors,
                                            const StringMap& metadata) {
   std::vector<size_t> order(tensors.size());
@@ -439,7 +457,7 @@ std::vector<std::string> write_safetensors(const ByteSink& sink, const NamedTens
   for (size_t i : order) {
     const auto& [name, tensor] = tensors[i];
     if (tensor.bytes() == 0) continue;
-    sink(tensor.data(), static_cast<size_t>(tensor.bytes()));
+    write_bytes(tensor, sink);
     pieces.push_back(name);
   }
   return pieces;

@@ -71,7 +71,7 @@ class SafetensorsFile {
   std::unordered_map<std::string, size_t> index_;  // name -> position in entries_
 };
 
-// Writes the whole file, or leaves what was there (see write_file_atomic). Tensors must be in host memory and
+// Writes the whole file, or leaves what was there (see write_file_atomic). Tensors may live on a device and must
 // have different names. The order in the file is that given, except that larger elements come first, so that
 // every tensor is aligned. Throws Error on bad names, RunError when writing fails.
 void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors,

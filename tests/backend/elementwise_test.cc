@@ -48,7 +48,8 @@ TEST_P(Elementwise, Mix) {
 TEST_P(Elementwise, MixBackward) {
   for (const bool accumulate_x : {false, true}) {
     for (const bool accumulate_y : {false, true}) {
-      for (const auto& [rows, c] : {std::pair<int64_t, int64_t>{1, 1}, {1, 7}, {17, 33}, {70, 129}}) {
+      for (const auto& [rows, c] :
+           {std::pair<int64_t, int64_t>{1, 1}, {1, 7}, {17, 33}, {70, 129}, {40, 1280}}) {
         const auto gradient = [&, n = rows, width = c](bool accumulate) {
           return accumulate ? update(random({n, width})) : out({n, width}, dtype());
         };
@@ -86,8 +87,9 @@ TEST_P(Elementwise, MixBackwardIntoOneGradient) {
 struct SmearCase {
   int64_t batch, t_len, c, channels;
 };
-const SmearCase kSmear[] = {{1, 1, 1, 1},    {2, 1, 24, 24},   {3, 2, 25, 24}, {1, 17, 33, 7},
-                            {2, 33, 65, 24}, {1, 70, 129, 24}, {2, 3, 17, 17}};
+const SmearCase kSmear[] = {{1, 1, 1, 1},   {2, 1, 24, 24},   {3, 2, 25, 24},
+                            {1, 17, 33, 7}, {2, 33, 65, 24},  {1, 70, 129, 24},
+                            {2, 3, 17, 17}, {2, 9, 1280, 24}, {1, 5, 2056, 24}};
 
 TEST_P(Elementwise, Smear) {
   for (const SmearCase& k : kSmear) {
@@ -141,7 +143,8 @@ struct GateCase {
 };
 const GateCase kGates[] = {{1, 1, 1, 2, 12, 12, 2},       {5, 2, 2, 6, 13, 12, 12},
                            {17, 250, 4, 8, 33, 1, 64},    {33, 3, 1, 80, 17, 12, 80},
-                           {70, 250, 2, 32, 129, 12, 64}, {19, 7, 8, 2, 12, 7, 17}};
+                           {70, 250, 2, 32, 129, 12, 64}, {19, 7, 8, 2, 12, 7, 17},
+                           {70, 5, 5, 128, 640, 12, 640}};
 
 TEST_P(Elementwise, ValueGate) {
   for (const GateCase& k : kGates) {

@@ -61,6 +61,22 @@ INSTANTIATE_TEST_SUITE_P(DTypes, Matmul, testing::ValuesIn(kMixes), [](const aut
   return fmt::format("{}_{}_{}", dtype_name(mix.param.a), dtype_name(mix.param.b), dtype_name(mix.param.out));
 });
 
+TEST_P(Matmul, Batched) {
+  const auto [a, b, c] = GetParam();
+  const Tolerance tolerance = {1, 2e-6, 2e-6, 3};
+  for (const Trans ta : {Trans::no, Trans::yes}) {
+    for (const Trans tb : {Trans::no, Trans::yes}) {
+      check_kernel(
+          "batched",
+          {in(random_tensor(rng, ta == Trans::no ? Shape{3, 5, 9} : Shape{3, 9, 5}, a)),
+           in(random_tensor(rng, tb == Trans::no ? Shape{3, 9, 7} : Shape{3, 7, 9}, b)),
+           update(random_tensor(rng, {3, 5, 7}, c), tolerance)},
+          [=](Backend& backend, const Tensors& t) { backend.matmul_batched(t[0], ta, t[1], tb, -0.5, t[2]); },
+          {.same_bits_for_any_threads = false});
+    }
+  }
+}
+
 // The transposed product of a matrix with itself reads one tensor twice (Muon's Gram matrix).
 TEST(MatmulAliased, GramMatrix) {
   Rng rng(3);

@@ -106,8 +106,9 @@ TEST(Backends, ByName) {
   EXPECT_EQ(make_backend("cpu")->master_dtype(), DType::f32);
   EXPECT_EQ(make_backend("reference")->name(), "reference");
   EXPECT_EQ(make_backend("reference")->master_dtype(), DType::f64);
-  EXPECT_EQ(message_of<Error>([] { make_backend("cpus"); }),
-            "unknown device 'cpus' (did you mean 'cpu'?); allowed: cpu, reference");
+  EXPECT_EQ(
+      message_of<Error>([] { make_backend("cpus"); }),
+      "unknown device 'cpus' (did you mean 'cpu'?); allowed: cpu, reference, cuda, cuda:N with N from 0");
 }
 
 TEST(Backends, CpuNamesTheDtypesItComputesIn) {

@@ -22,6 +22,13 @@ TEST_P(Norm, RmsNorm) {
   }
 }
 
+TEST_P(Norm, RmsNormOfWideRows) {
+  for (const int64_t c : kWide) {
+    check_kernel(fmt::format("(9, {})", c), {in(random({9, c})), out({9, c}, dtype()), out({9}, DType::f32)},
+                 [](Backend& b, const Tensors& t) { b.rms_norm(t[0], t[1], t[2]); });
+  }
+}
+
 // A row of zeros and rows whose squares leave only the epsilon.
 TEST_P(Norm, RmsNormOfTinyRows) {
   const Tensor x = filled_tensor({3, 65}, dtype(), 0);
@@ -46,6 +53,47 @@ TEST_P(Norm, RmsNormBackward) {
             {.repeats = n == 70 && c == 129 ? 10 : 0});
       }
     }
+  }
+}
+
+TEST_P(Norm, RmsNormBackwardOfWideRows) {
+  for (const bool accumulate : {false, true}) {
+    for (const int64_t c : kWide) {
+      check_kernel(
+          fmt::format("(9, {}) accumulate {}", c, accumulate),
+          {in(random({9, c})), in(random({9, c})), in(random_rstd({9})),
+           accumulate ? update(random({9, c})) : out({9, c}, dtype())},
+          [=](Backend& b, const Tensors& t) { b.rms_norm_backward(t[0], t[1], t[2], accumulate, t[3]); });
+    }
+  }
+}
+
+TEST_P(Norm, EmbedNormOfWideRows) {
+  for (const int64_t c : kWide) {
+    check_kernel(fmt::format("{} columns", c),
+                 {in(random_tensor(rng, {5, c}, DType::f32)), in(random_ids(rng, {9}, 5)),
+                  out({9, c}, dtype()), out({9}, DType::f32)},
+                 [](Backend& b, const Tensors& t) { b.embed_norm(t[0], t[1], t[2], t[3]); });
+  }
+}
+
+// Many tokens: runs of equal ids that are longer than what a GPU's block sums, that cross its borders or end
+// at them; and rows wider than its threads.
+TEST_P(Norm, EmbedNormBackwardOfManyTokens) {
+  struct Case {
+    int64_t n, v, c;
+  };
+  for (const auto& [n, v, c] : {Case{200, 1, 64},
+                                {200, 3, 1288},
+                                {333, 50, 40},
+                                {256, 400, 264},
+                                {64, 2, 33},
+                                {70, 3, 4104},
+                                {70, 3, 521}}) {
+    check_kernel(fmt::format("{} ids below {}, {} columns", n, v, c),
+                 {in(random({n, c})), in(random_tensor(rng, {v, c}, DType::f32)), in(random_ids(rng, {n}, v)),
+                  in(random_rstd({n})), update(random_tensor(rng, {v, c}, DType::f32), {.least_scale = 10})},
+                 [](Backend& b, const Tensors& t) { b.embed_norm_backward(t[0], t[1], t[2], t[3], t[4]); });
   }
 }
 
@@ -83,9 +131,11 @@ struct RopeCase {
   int64_t batch, t_len, heads, d, extra, q_offset;
   double scale;
 };
-const RopeCase kRope[] = {{1, 1, 1, 2, 0, 0, 1.0},   {1, 1, 3, 6, 4, 5, 1.2},
-                          {2, 5, 2, 8, 8, 0, 1.2},   {2, 17, 3, 32, 5, 7, 1.0},
-                          {3, 23, 4, 80, 1, 2, 1.2}, {1, 33, 2, 128, 128, 40, 1.2}};
+const RopeCase kRope[] = {{1, 1, 1, 2, 0, 0, 1.0},       {1, 1, 3, 6, 4, 5, 1.2},
+                          {2, 5, 2, 8, 8, 0, 1.2},       {2, 17, 3, 32, 5, 7, 1.0},
+                          {3, 23, 4, 80, 1, 2, 1.2},     {1, 33, 2, 128, 128, 40, 1.2},
+                          {2, 5, 20, 128, 1280, 3, 1.2}, {1, 9, 7, 64, 64, 0, 1.0},
+                          {1, 3, 5, 96, 96, 1, 1.2},     {1, 3, 3, 256, 0, 0, 1.0}};
 
 Tensor rope_table(int64_t length, int64_t half, double (*fn)(double)) {
   const Tensor t(host_arena(), {length, half}, DType::f32);

@@ -1,6 +1,7 @@
 // One kernel on the CPU backend against the double-precision reference, for every number of threads and SIMD
-// instruction set worth telling apart. Outputs start as NaN and every operand stands between fences, so an
-// element left out, read too early or written beside its tensor shows.
+// instruction set worth telling apart; and, where there is a device, on the CUDA backend, with operands that
+// vector accesses fit and with ones they do not. Outputs start as NaN and every operand stands between
+// fences, so an element left out, read too early or written beside its tensor shows.
 #pragma once
 
 #include <fmt/core.h>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cuda_loader.h"
 #include "testing/tensors.h"
 
 namespace flexchat {
@@ -87,26 +89,67 @@ inline void expect_near(const Tensor& actual, const Tensor& expected, const Tole
   }
 }
 
-// A copy of a tensor between two fences, at an address that no vector load is aligned to.
+// Elements before and behind a tensor. No vector load is aligned behind an odd number of them.
+constexpr int64_t kOddFence = 37, kAlignedFence = 64;
+
+// A copy of a tensor between two fences.
 class Fenced {
  public:
-  explicit Fenced(const Tensor& x) : whole_(filled_tensor({x.numel() + 2 * kFence}, x.dtype(), kMark)) {
-    tensor_ = whole_.rows(kFence, x.numel()).reshape(x.shape());
+  explicit Fenced(const Tensor& x, int64_t fence = kOddFence)
+      : whole_(filled_tensor({x.numel() + 2 * fence}, x.dtype(), kMark)), fence_(fence) {
+    tensor_ = whole_.rows(fence, x.numel()).reshape(x.shape());
     std::memcpy(tensor_.data(), x.data(), static_cast<size_t>(x.bytes()));
   }
   const Tensor& tensor() const { return tensor_; }
+  const Tensor& whole() const { return whole_; }  // with its fences
   bool intact() const {
-    for (int64_t i = 0; i < kFence; ++i) {
+    for (int64_t i = 0; i < fence_; ++i) {
       if (whole_.get(i) != kMark || whole_.get(whole_.numel() - 1 - i) != kMark) return false;
     }
     return true;
   }
 
  private:
-  static constexpr int64_t kFence = 37;
   static constexpr double kMark = -7;
   Tensor whole_, tensor_;
+  int64_t fence_;
 };
+
+// The same in the memory of a device.
+class FencedOnDevice {
+ public:
+  FencedOnDevice(Backend& device, const Tensor& x, int64_t fence)
+      : device_(&device), host_(x, fence), whole_(device.to_device(host_.whole())) {
+    tensor_ = whole_.rows(fence, x.numel()).reshape(x.shape());
+  }
+  const Tensor& tensor() const { return tensor_; }
+  // As the device has it now.
+  const Fenced& fetch() {
+    device_->copy(whole_, host_.whole());
+    return host_;
+  }
+
+ private:
+  Backend* device_;
+  Fenced host_;
+  Tensor whole_, tensor_;
+};
+
+// The one CUDA backend of the process; null where there is no device. Never freed, for the driver may be gone
+// when static objects are.
+inline Backend* cuda_backend() {
+  static Backend* const instance = cuda_available() ? make_cuda_backend().release() : nullptr;
+  return instance;
+}
+
+// The backends that compute in f32, bf16 and f16: the CPU's, and CUDA's where there is a device. For tests
+// that call a kernel themselves, on operands moved by to_device and results moved back by to_host.
+inline std::vector<Backend*> tested_backends() {
+  static const std::unique_ptr<Backend> cpu = make_cpu_backend();
+  std::vector<Backend*> all = {cpu.get()};
+  if (cuda_backend()) all.push_back(cuda_backend());
+  return all;
+}
 
 // Restricts Highway's kernels to a set of instruction sets for as long as it lives.
 class SimdTargets {
@@ -133,7 +176,8 @@ struct KernelCheck {
   // Element-wise kernels and their sums must not depend on the number of threads by a single bit. oneDNN's
   // products may, so there only the tolerance holds.
   bool same_bits_for_any_threads = true;
-  int repeats = 0;  // extra runs on two threads that must give the same bits again
+  int repeats = 0;      // extra runs on two threads that must give the same bits again
+  bool on_cuda = true;  // false: a case that only backends in host memory serve
 };
 
 class KernelRun {
@@ -155,6 +199,12 @@ class KernelRun {
     }
     const Tensors one = on_cpu(1, where);
     compare(one, where);
+    run_threads(one, where);
+    if (cuda_backend() && check_.on_cuda) run_cuda(*cuda_backend(), where);
+  }
+
+ private:
+  void run_threads(const Tensors& one, const std::string& where) {
     for (const int threads : {2, 3}) {
       const std::string with = where + fmt::format(", {} threads", threads);
       const Tensors many = on_cpu(threads, with);
@@ -164,20 +214,42 @@ class KernelRun {
       for (int i = 0; i < check_.repeats; ++i) expect_same(on_cpu(2, with), many, with + ", repeated");
     }
   }
-
- private:
+  void run_cuda(Backend& cuda, const std::string& where) {
+    for (const int64_t fence : {kAlignedFence, kOddFence}) {
+      const std::string with = where + (fence == kOddFence ? ", CUDA, not aligned" : ", CUDA, aligned");
+      const Tensors first = on_device(cuda, fence, with);
+      compare(first, with);
+      expect_same(on_device(cuda, fence, with), first, with + ", repeated");
+    }
+  }
   Tensors on_cpu(int threads, const std::string& where) {
     const Threads scope(threads);
     std::vector<Fenced> fenced;
     Tensors tensors;
     for (const Operand& o : operands_) tensors.push_back(fenced.emplace_back(o.value).tensor());
     kernel_(*cpu_, tensors);
-    for (size_t i = 0; i < operands_.size(); ++i) {
-      EXPECT_TRUE(fenced[i].intact()) << where << ": wrote beside operand " << i;
-      if (operands_[i].role != Operand::input) continue;
-      EXPECT_TRUE(same_bits(tensors[i], operands_[i].value)) << where << ": changed operand " << i;
-    }
+    for (size_t i = 0; i < operands_.size(); ++i) expect_unharmed(i, fenced[i], where);
     return tensors;
+  }
+  // The operands after one run, in host memory.
+  Tensors on_device(Backend& device, int64_t fence, const std::string& where) {
+    std::vector<FencedOnDevice> fenced;
+    Tensors tensors, results;
+    for (const Operand& o : operands_) {
+      tensors.push_back(fenced.emplace_back(device, o.value, fence).tensor());
+    }
+    kernel_(device, tensors);
+    for (size_t i = 0; i < operands_.size(); ++i) {
+      const Fenced& after = fenced[i].fetch();
+      expect_unharmed(i, after, where);
+      results.push_back(after.tensor());
+    }
+    return results;
+  }
+  void expect_unharmed(size_t i, const Fenced& after, const std::string& where) const {
+    EXPECT_TRUE(after.intact()) << where << ": wrote beside operand " << i;
+    if (operands_[i].role != Operand::input) return;
+    EXPECT_TRUE(same_bits(after.tensor(), operands_[i].value)) << where << ": changed operand " << i;
   }
   bool compared(size_t i) const {
     return operands_[i].role == Operand::output || operands_[i].role == Operand::update;
@@ -223,5 +295,7 @@ inline std::string dtype_test_name(const testing::TestParamInfo<DType>& info) {
 
 // Sizes around the ends of vectors and unrolled loops.
 inline const std::vector<int64_t> kAwkward = {1, 3, 7, 17, 33, 63, 65, 127, 129};
+// Widths of rows that 16-byte accesses fit, for every way in which GPU kernels keep a row in registers.
+inline const std::vector<int64_t> kWide = {8, 64, 264, 1280, 2048, 2056, 8200};
 
 }  // namespace flexchat

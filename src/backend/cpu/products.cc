@@ -8,7 +8,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/dnnl_matmul.h"
 #include "backend/cpu/gemv.h"
-#include "backend/host_rows.h"
+#include "backend/host_memory.h"
 #include "base/error.h"
 #include "base/parallel.h"
 
@@ -36,6 +36,12 @@ void CpuBackend::fill(const Tensor& out, double value) {
   }
 }
 
+void CpuBackend::draw(const Distribution& distribution, uint64_t seed, uint64_t stream, const Tensor& out) {
+  draw_on_host(distribution, seed, stream, out);
+}
+
+void CpuBackend::add_sum(const Tensor& x, const Tensor& out) { add_sum_on_host(x, out); }
+
 void CpuBackend::copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
                            const HeadsView& to) {
   copy_rows_on_host(batch, tokens, width, from, to);
@@ -62,6 +68,14 @@ void CpuBackend::matmul(const Tensor& a, Trans trans_a, const Tensor& b, Trans t
   sgemm(trans_a, trans_b, m, n, k, 1.0f, fa.as<float>(), a.dim(1), fb.as<float>(), b.dim(1),
         static_cast<float>(beta), fo.as<float>(), n);
   if (out.dtype() != DType::f32) copy(fo, out);
+}
+
+void CpuBackend::matmul_batched(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b, double beta,
+                                const Tensor& out) {
+  const auto matrix = [](const Tensor& t, int64_t i) { return t.rows(i, 1).reshape({t.dim(1), t.dim(2)}); };
+  for (int64_t i = 0; i < out.dim(0); ++i) {
+    matmul(matrix(a, i), trans_a, matrix(b, i), trans_b, beta, matrix(out, i));
+  }
 }
 
 }  // namespace flexchat

@@ -1,17 +1,29 @@
-// Scaled dot-product attention with a causal (windowed) mask, one query row at a time.
+// Attention with any mask and score mod, one weight at a time in double: what every kernel is held to.
+//   s = scale * q.k,  s' = mod(s),  p = exp(s' - lse),  out = sum_j p_j m_j v_j
+// over the keys j that the built-in mask and the expression allow; m_j is 0 for a dropped weight and
+// 1 / (1 - dropout) otherwise. A key whose s' is -inf has weight 0, as if it were masked.
+// Backward, with D = dout.out - dlse:
+//   ds'_j = p_j (m_j dout.v_j - D),  ds_j = ds'_j mod'(s),  dc = sum ds' dmod/dc over the accesses of entry c
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "backend/reference/reference_backend.h"
+#include "base/error.h"
+#include "base/strings.h"
+#include "flex/derivative.h"
+#include "flex/eval.h"
 
 namespace flexchat {
 namespace {
 
-double* head(const HeadsView& view, int64_t b, int64_t t, int64_t h, int64_t d) {
-  return static_cast<double*>(view.data) + b * view.batch_stride + t * view.token_stride + h * d;
-}
+class ReferencePlan final : public AttentionPlan {
+ public:
+  using AttentionPlan::AttentionPlan;
+  std::string_view kernel() const override { return "reference"; }
+  std::string_view reason() const override { return "plain loops over double, the only kernel there is"; }
+};
 
 double dot(const double* a, const double* b, int64_t n) {
   double sum = 0;
@@ -19,76 +31,187 @@ double dot(const double* a, const double* b, int64_t n) {
   return sum;
 }
 
-// Visible keys [begin, end) of query row r.
-struct Range {
-  int64_t begin, end;
+// One weight of one query: key j, its score before and after the mod, the factor m of dropout.
+struct Weight {
+  int64_t j;
+  double score, modded, kept;
 };
-Range visible(const AttentionShape& s, int64_t r) {
-  const int64_t i = s.q_offset + r;
-  return {s.window < 0 ? 0 : std::max<int64_t>(0, i - s.window), std::min(s.kv_len, i + 1)};
-}
+
+// Where things are, and which keys a query sees.
+class Attention {
+ public:
+  Attention(const AttentionPlan& plan, const AttentionTensors& x)
+      : shape(plan.shape()), spec(plan.spec()), extent(shape.extent()), x_(x) {
+    if (spec.mask) mask_.emplace_back(std::vector{*spec.mask}, spec.bindings);
+    if (spec.score_mod) mod_.emplace_back(std::vector{*spec.score_mod}, spec.bindings);
+  }
+
+  double* at(const HeadsView& view, int64_t b, int64_t t, int64_t h) const {
+    const int64_t step = view.head_stride == 0 ? shape.head_dim : view.head_stride;
+    return static_cast<double*>(view.data) + b * view.batch_stride + t * view.token_stride + h * step;
+  }
+  // A key or value: of row b, or of the page that holds it.
+  double* key(const HeadsView& view, int64_t b, int64_t j, int64_t g) const {
+    if (spec.page_size == 0) return at(view, b, j, g);
+    const int64_t page = x_.block_table->as<int32_t>()[b * x_.block_table->dim(1) + j / spec.page_size];
+    return at(view, page, j % spec.page_size, g);
+  }
+  int64_t group(int64_t h) const { return h / (shape.n_head / shape.n_kv_head); }
+  int64_t row(int64_t b, int64_t h, int64_t r) const { return (b * shape.n_head + h) * shape.q_len + r; }
+
+  flex::Point point(int64_t b, int64_t h, int64_t r, int64_t j, double score) const {
+    return {score, b, h, extent.q_offset(b) + r, j, extent.q_len(b), extent.kv_len(b)};
+  }
+
+  // The weights of query r; none for one that is not there.
+  std::vector<Weight> weights(int64_t b, int64_t h, int64_t r) {
+    std::vector<Weight> result;
+    if (r >= extent.q_len(b)) return result;
+    const int64_t position = extent.q_offset(b) + r;
+    for (int64_t j = 0; j < extent.kv_len(b); ++j) {
+      if (spec.causal && (j > position || (spec.window >= 0 && position - j > spec.window))) continue;
+      if (spec.mask && mask_[0](point(b, h, r, j, 0)) == 0) continue;
+      const double score = spec.scale * dot(at(x_.q, b, r, h), key(x_.k, b, j, group(h)), shape.head_dim);
+      const double modded = spec.score_mod ? mod_[0](point(b, h, r, j, score)) : score;
+      if (modded == -std::numeric_limits<double>::infinity()) continue;
+      result.push_back({j, score, modded, kept(b, h, r, j)});
+    }
+    return result;
+  }
+
+  const AttentionShape& shape;
+  const AttentionSpec& spec;
+  const flex::Extent extent;
+
+ private:
+  double kept(int64_t b, int64_t h, int64_t r, int64_t j) const {
+    if (spec.dropout == 0) return 1;
+    return attention_dropout_bits(spec.dropout_seed, b, h, r, j) < spec.dropout * 0x1p32
+               ? 0
+               : 1 / (1 - spec.dropout);
+  }
+
+  const AttentionTensors& x_;
+  std::vector<flex::Evaluator> mask_, mod_;  // one each, or none
+};
+
+// The derivatives of a score mod at a point: with respect to score, and to each access of a captured tensor.
+class Derivatives {
+ public:
+  Derivatives(const AttentionSpec& spec, const AttentionGradients& grads) {
+    if (!spec.score_mod) return;
+    std::vector<flex::Expr> roots = {flex::score_derivative(*spec.score_mod)};
+    for (const flex::CaptureDerivative& d : flex::capture_derivatives(*spec.score_mod)) {
+      const std::string& name = d.access.node().capture->name();
+      const auto wanted = std::find_if(grads.captures.begin(), grads.captures.end(),
+                                       [&](const auto& c) { return c.first == name; });
+      if (wanted == grads.captures.end()) continue;
+      accesses_.push_back({wanted->second, roots.size(), d.access.node().args.size()});
+      roots.push_back(d.derivative);
+      for (const flex::Expr& index : d.access.node().args) roots.push_back(index);
+    }
+    evaluator_.emplace_back(roots, spec.bindings);
+  }
+
+  // ds from ds'; adds to the gradients of captured tensors.
+  double operator()(const flex::Point& point, double dmodded) {
+    if (evaluator_.empty()) return dmodded;
+    const std::vector<double> values = evaluator_[0].all(point);
+    for (const Access& a : accesses_) {
+      int64_t entry = 0;
+      for (size_t i = 0; i < a.rank; ++i) {
+        entry = entry * a.grad.dim(static_cast<int>(i)) + static_cast<int64_t>(values[a.root + 1 + i]);
+      }
+      a.grad.as<double>()[entry] += dmodded * values[a.root];
+    }
+    return dmodded * values[0];
+  }
+
+ private:
+  struct Access {
+    Tensor grad;
+    size_t root, rank;  // the derivative is root number `root`, its indices follow
+  };
+  std::vector<Access> accesses_;
+  std::vector<flex::Evaluator> evaluator_;  // one, or none without a mod
+};
 
 }  // namespace
 
-void ReferenceBackend::attention(const AttentionShape& s, const HeadsView& q, const HeadsView& k,
-                                 const HeadsView& v, const HeadsView& out, const Tensor* lse) {
+std::vector<std::string> ReferenceBackend::attention_kernels() const { return {"reference"}; }
+
+std::shared_ptr<const AttentionPlan> ReferenceBackend::plan_attention(const AttentionShape& shape,
+                                                                      const AttentionSpec& spec,
+                                                                      std::string_view kernel) {
+  if (kernel != "auto" && kernel != "reference") {
+    fail("the reference backend has no attention kernel '{}'; allowed: auto, {}", kernel,
+         join(attention_kernels()));
+  }
+  shape.check();
+  spec.check(shape);
+  return std::make_shared<ReferencePlan>(shape, spec);
+}
+
+void ReferenceBackend::attention(const AttentionPlan& plan, const AttentionTensors& x) {
+  Attention a(plan, x);
+  const AttentionShape& s = a.shape;
   const int64_t d = s.head_dim;
-  std::vector<double> p(static_cast<size_t>(s.kv_len));
   for (int64_t b = 0; b < s.batch; ++b) {
     for (int64_t h = 0; h < s.n_head; ++h) {
-      const int64_t g = h / (s.n_head / s.n_kv_head);
       for (int64_t r = 0; r < s.q_len; ++r) {
-        const Range keys = visible(s, r);
+        const std::vector<Weight> weights = a.weights(b, h, r);
         double largest = -std::numeric_limits<double>::infinity(), sum = 0;
-        for (int64_t j = keys.begin; j < keys.end; ++j) {
-          p[static_cast<size_t>(j)] = s.scale * dot(head(q, b, r, h, d), head(k, b, j, g, d), d);
-          largest = std::max(largest, p[static_cast<size_t>(j)]);
+        for (const Weight& w : weights) largest = std::max(largest, w.modded);
+        double* o = a.at(x.out, b, r, h);
+        std::fill_n(o, d, 0.0);
+        for (const Weight& w : weights) {
+          const double p = std::exp(w.modded - largest);
+          const double* v = a.key(x.v, b, w.j, a.group(h));
+          sum += p;
+          for (int64_t i = 0; w.kept != 0 && i < d; ++i) o[i] += p * w.kept * v[i];
         }
-        double* o = head(out, b, r, h, d);
-        std::fill(o, o + d, 0.0);
-        for (int64_t j = keys.begin; j < keys.end; ++j) {
-          const double e = std::exp(p[static_cast<size_t>(j)] - largest);
-          sum += e;
-          for (int64_t x = 0; x < d; ++x) o[x] += e * head(v, b, j, g, d)[x];
-        }
-        if (sum > 0) {
-          for (int64_t x = 0; x < d; ++x) o[x] /= sum;
-        }
-        if (lse) lse->as<double>()[(b * s.n_head + h) * s.q_len + r] = largest + std::log(sum);
+        for (int64_t i = 0; !weights.empty() && i < d; ++i) o[i] /= sum;
+        if (x.lse) x.lse->as<double>()[a.row(b, h, r)] = largest + std::log(sum);
       }
     }
   }
 }
 
-void ReferenceBackend::attention_backward(const AttentionShape& s, const HeadsView& q, const HeadsView& k,
-                                          const HeadsView& v, const HeadsView& out, const HeadsView& dout,
-                                          const Tensor& lse, const HeadsView& dq, const HeadsView& dk,
-                                          const HeadsView& dv) {
+void ReferenceBackend::attention_backward(const AttentionPlan& plan, const AttentionTensors& x,
+                                          const AttentionGradients& grads) {
+  Attention a(plan, x);
+  const AttentionShape& s = a.shape;
   const int64_t d = s.head_dim;
+  check(a.spec.page_size == 0, "attention over pages has no backward");
+  for (const auto& [name, grad] : grads.captures) fill(grad, 0);
+  Derivatives derivatives(a.spec, grads);
   for (int64_t b = 0; b < s.batch; ++b) {
     for (int64_t g = 0; g < s.n_kv_head; ++g) {
       for (int64_t j = 0; j < s.kv_len; ++j) {
-        std::fill_n(head(dk, b, j, g, d), d, 0.0);
-        std::fill_n(head(dv, b, j, g, d), d, 0.0);
+        std::fill_n(a.at(grads.dk, b, j, g), d, 0.0);
+        std::fill_n(a.at(grads.dv, b, j, g), d, 0.0);
       }
     }
     for (int64_t h = 0; h < s.n_head; ++h) {
-      const int64_t g = h / (s.n_head / s.n_kv_head);
       for (int64_t r = 0; r < s.q_len; ++r) {
-        const Range keys = visible(s, r);
-        const double *qr = head(q, b, r, h, d), *dor = head(dout, b, r, h, d);
-        double* dqr = head(dq, b, r, h, d);
-        std::fill_n(dqr, d, 0.0);
-        const double delta = dot(dor, head(out, b, r, h, d), d);
-        const double row_lse = lse.as<double>()[(b * s.n_head + h) * s.q_len + r];
-        for (int64_t j = keys.begin; j < keys.end; ++j) {
-          const double* kj = head(k, b, j, g, d);
-          const double p = std::exp(s.scale * dot(qr, kj, d) - row_lse);
-          const double ds = s.scale * p * (dot(dor, head(v, b, j, g, d), d) - delta);
-          for (int64_t x = 0; x < d; ++x) {
-            dqr[x] += ds * kj[x];
-            head(dk, b, j, g, d)[x] += ds * qr[x];
-            head(dv, b, j, g, d)[x] += p * dor[x];
+        double* dq = a.at(grads.dq, b, r, h);
+        std::fill_n(dq, d, 0.0);
+        const std::vector<Weight> weights = a.weights(b, h, r);
+        if (weights.empty()) continue;
+        const double *q = a.at(x.q, b, r, h), *dout = a.at(grads.dout, b, r, h);
+        const double delta = dot(dout, a.at(x.out, b, r, h), d) -
+                             (grads.dlse ? grads.dlse->as<double>()[a.row(b, h, r)] : 0.0);
+        const double lse = x.lse->as<double>()[a.row(b, h, r)];
+        for (const Weight& w : weights) {
+          const double *k = a.at(x.k, b, w.j, a.group(h)), *v = a.at(x.v, b, w.j, a.group(h));
+          double *dk = a.at(grads.dk, b, w.j, a.group(h)), *dv = a.at(grads.dv, b, w.j, a.group(h));
+          const double p = std::exp(w.modded - lse);
+          const double dmodded = p * (w.kept * dot(dout, v, d) - delta);
+          const double ds = a.spec.scale * derivatives(a.point(b, h, r, w.j, w.score), dmodded);
+          for (int64_t i = 0; i < d; ++i) {
+            dq[i] += ds * k[i];
+            dk[i] += ds * q[i];
+            dv[i] += p * w.kept * dout[i];
           }
         }
       }

@@ -1,4 +1,4 @@
-#include "backend/host_rows.h"
+#include "backend/host_memory.h"
 #include "backend/reference/reference_backend.h"
 
 namespace flexchat {
@@ -10,6 +10,13 @@ void ReferenceBackend::copy(const Tensor& source, const Tensor& out) {
 void ReferenceBackend::fill(const Tensor& out, double value) {
   for (int64_t i = 0; i < out.numel(); ++i) out.set(i, value);
 }
+
+void ReferenceBackend::draw(const Distribution& distribution, uint64_t seed, uint64_t stream,
+                            const Tensor& out) {
+  draw_on_host(distribution, seed, stream, out);
+}
+
+void ReferenceBackend::add_sum(const Tensor& x, const Tensor& out) { add_sum_on_host(x, out); }
 
 void ReferenceBackend::copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
                                  const HeadsView& to) {
@@ -35,6 +42,14 @@ void ReferenceBackend::matmul(const Tensor& a, Trans trans_a, const Tensor& b, T
       for (int64_t l = 0; l < k; ++l) sum += pa[i * row_a + l * col_a] * pb[l * row_b + j * col_b];
       out.set(i * n + j, sum + (beta == 0 ? 0 : beta * out.get(i * n + j)));
     }
+  }
+}
+
+void ReferenceBackend::matmul_batched(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b,
+                                      double beta, const Tensor& out) {
+  const auto matrix = [](const Tensor& t, int64_t i) { return t.rows(i, 1).reshape({t.dim(1), t.dim(2)}); };
+  for (int64_t i = 0; i < out.dim(0); ++i) {
+    matmul(matrix(a, i), trans_a, matrix(b, i), trans_b, beta, matrix(out, i));
   }
 }
 

@@ -11,12 +11,17 @@ class ReferenceBackend final : public Backend {
   std::string_view name() const override { return "reference"; }
   Arena& arena() override { return host_arena(); }
   DType master_dtype() const override { return DType::f64; }
+  int64_t chunk_rows() const override { return 1024; }
   void copy(const Tensor& source, const Tensor& out) override;
+  void add_sum(const Tensor& x, const Tensor& out) override;
   void copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
                  const HeadsView& to) override;
   void fill(const Tensor& out, double value) override;
+  void draw(const Distribution& distribution, uint64_t seed, uint64_t stream, const Tensor& out) override;
   void matmul(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b, double beta,
               const Tensor& out) override;
+  void matmul_batched(const Tensor& a, Trans trans_a, const Tensor& b, Trans trans_b, double beta,
+                      const Tensor& out) override;
   void rms_norm(const Tensor& x, const Tensor& y, const Tensor& rstd) override;
   void rms_norm_backward(const Tensor& dy, const Tensor& y, const Tensor& rstd, bool accumulate,
                          const Tensor& dx) override;
@@ -32,11 +37,12 @@ class ReferenceBackend final : public Backend {
   void value_gate_backward(const Tensor& dqkv, const Tensor& table, const Tensor& ids, const Tensor& h,
                            const Tensor& gate_weight, const Tensor& gate, const Tensor& dtable,
                            const Tensor& dgate_weight, const Tensor& dh) override;
-  void attention(const AttentionShape& shape, const HeadsView& q, const HeadsView& k, const HeadsView& v,
-                 const HeadsView& out, const Tensor* lse) override;
-  void attention_backward(const AttentionShape& shape, const HeadsView& q, const HeadsView& k,
-                          const HeadsView& v, const HeadsView& out, const HeadsView& dout, const Tensor& lse,
-                          const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) override;
+  std::shared_ptr<const AttentionPlan> plan_attention(const AttentionShape& shape, const AttentionSpec& spec,
+                                                      std::string_view kernel) override;
+  std::vector<std::string> attention_kernels() const override;
+  void attention(const AttentionPlan& plan, const AttentionTensors& x) override;
+  void attention_backward(const AttentionPlan& plan, const AttentionTensors& x,
+                          const AttentionGradients& grads) override;
   void relu_squared(const Tensor& u, const Tensor& y) override;
   void relu_squared_backward(const Tensor& u, const Tensor& dy) override;
   void mix(const Coefficient& a, const Tensor& x, const Coefficient& b, const Tensor& y,
@@ -53,14 +59,28 @@ class ReferenceBackend final : public Backend {
   void softcap(const Tensor& z, double cap) override;
   void cross_entropy(const Tensor& logits, const Tensor& targets, double cap, double weight,
                      const Tensor& nll, const Tensor* grad) override;
-  void adamw(const AdamWStep& step, const Tensor& grad, const Tensor& param, const Tensor& m,
-             const Tensor& v) override;
-  void nesterov(double momentum, const Tensor& grad, const Tensor& buffer, const Tensor& out) override;
-  void axis_sum_squares(const Tensor& x, int axis, const Tensor& out) override;
-  void axis_scale(const Tensor& x, int axis, const Tensor& factor) override;
+  void softmax_panel(const Tensor& logits, const Tensor& targets, int64_t first, double cap,
+                     const SoftmaxRows& rows, const Tensor* unscaled) override;
+  void softmax_nll(const SoftmaxRows& rows, const Tensor& targets, const Tensor& lse,
+                   const Tensor& nll) override;
+  void softmax_factor(const SoftmaxRows& rows, const Tensor& lse, const Tensor& targets, double cap,
+                      double weight, const Tensor& unscaled, const Tensor& factor) override;
+  bool softmax_gradient(const Tensor& logits, const Tensor& targets, int64_t first, double cap, double weight,
+                        const Tensor& lse, double filter, const Tensor& grad) override;
+  void row_scale(const Tensor& x, const Tensor& factor, const Tensor& out) override;
+  void zero_grads(const UpdatePlan& plan) override;
+  void grad_norm(const UpdatePlan& plan, const Tensor& rates) override;
+  void adamw(const UpdatePlan& plan, const Tensor& rates) override;
+  void muon_momentum(const UpdatePlan& plan, const Tensor& rates, const Tensor& x,
+                     const Tensor& squares) override;
+  void muon_equalize(const Tensor& x, const Tensor& squares, const Tensor& squares_out) override;
+  void muon_normalize(const Tensor& x, const Tensor& squares, double factor, double eps) override;
+  void add_product(double factor, const Tensor& x, const Tensor& out) override;
+  void muon_variance(const UpdatePlan& plan, const Tensor& rates, const Tensor& x,
+                     const Tensor& factors) override;
+  void muon_update(const UpdatePlan& plan, const Tensor& rates, const Tensor& x,
+                   const Tensor* factors) override;
   void axpby(double alpha, const Tensor& x, double beta, const Tensor& out) override;
-  void cautious_update(double lr, double weight_decay, const Tensor& g, const Tensor& param) override;
-  double sum_squares(const Tensor& x) override;
   int64_t first_nonfinite(const Tensor& x) override;
 };
 
