@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Installs, builds and tests everything, and fails loudly when any step does.
 #
-#   scripts/test.sh           presets cpu, asan and tsan with their tests, the golden files, the fuzzers
+#   scripts/test.sh           presets cuda, asan and tsan with their tests, the golden files, the fuzzers
 #   scripts/test.sh --quick   preset cpu and the golden files only
+#
+# The preset cuda is the release build with the CUDA library for every architecture; it needs no GPU, and tests
+# that do are skipped without one.
 #
 # FLEXCHAT_FUZZ_SECONDS: time for each fuzzer, default 20.
 # The golden files are taken from ../shared/golden, beside the repository, where there are any.
@@ -88,7 +91,7 @@ verify_golden() {
     echo "../shared/golden has no classic_*.safetensors or modern_*.safetensors" >&2
     return 1
   fi
-  build/cpu/flexchat verify golden "${files[@]}"
+  "build/$release/flexchat" verify golden "${files[@]}"
 }
 
 fuzz_one() { # target
@@ -107,13 +110,17 @@ fuzz_one() { # target
 }
 
 # ---- the run --------------------------------------------------------------------------------------------
+release=cuda
 setup_words=()
-if ((quick)); then setup_words=(--build-only); fi
+if ((quick)); then
+  release=cpu
+  setup_words=(--build-only)
+fi
 step "setup" scripts/setup.sh "${setup_words[@]}"
 
-step "cpu: build" build cpu
-step "cpu: tests" run_tests cpu
-if [[ -d ../shared/golden ]]; then step "cpu: golden files" verify_golden; fi
+step "$release: build" build "$release"
+step "$release: tests" run_tests "$release"
+if [[ -d ../shared/golden ]]; then step "$release: golden files" verify_golden; fi
 
 if ((!quick)); then
   for preset in asan tsan; do
@@ -137,4 +144,4 @@ fi
 printf '\n==== summary: all steps passed in %s ====\n' "$(elapsed "$SECONDS")"
 printf '%s\n' "${summary[@]}"
 printf '\n'
-sed -n '/tests passed,/,$p' build/cpu/ctest.log
+sed -n '/tests passed,/,$p' "build/$release/ctest.log"

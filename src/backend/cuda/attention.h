@@ -1,0 +1,86 @@
+// The plan of an attention on the GPU: what kernels/attention_params.cuh asks for, kept on the device for as
+// long as the batch lives. One kernel, `cuda_mma`, serves every case: forward and backward tiles with
+// mma.sync (FFMA in f32), and a split-key pass for few queries a row.
+//
+// Lists of tiles depend on tile sizes, which depend on the dtype (kernels/tiles.cuh); each is built at its
+// first use, which must therefore not be inside a captured step.
+#pragma once
+
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cuda/aot_source.h"
+#include "backend/cuda/jit.h"
+#include "backend/cuda/kernels/attention_params.cuh"
+#include "flex/emit.h"
+
+namespace flexchat::cuda {
+
+class CudaBackend;
+
+// Tiles to visit, on the device: AttentionBlocks. Undefined tensors: there is no mask.
+struct DeviceBlocks {
+  Tensor begin, entry, rank;  // i32
+  int64_t batch_rows = 1, head_rows = 1;
+};
+
+// Which tiles of keys each tile of queries visits, and the reverse.
+struct TileLists {
+  std::vector<int32_t> begin{0}, entry, rank;
+  int64_t batch_rows = 1, head_rows = 1;
+};
+// Full and partial blocks of each query tile as one list, in the form of AttentionBlocks.
+TileLists query_tile_lists(const flex::BlockMask& mask);
+// The same of each key tile, with the rank that a key tile has in the list of its query tile.
+TileLists key_tile_lists(const flex::BlockMask& mask);
+
+class CudaAttentionPlan final : public AttentionPlan {
+ public:
+  // Errors: a head dim without kernel, more captured tensors than kernels take, as Bindings::at.
+  CudaAttentionPlan(CudaBackend& backend, const AttentionShape& shape, const AttentionSpec& spec);
+
+  std::string_view kernel() const override { return "cuda_mma"; }
+  std::string_view reason() const override { return reason_; }
+
+  // What all passes share: sizes, mask, captured tensors, dropout. `batch` etc. hold no tensors yet.
+  AttentionParams params() const;
+  const flex::EmittedMod& mod() const { return *mod_; }
+  const Tensor& capture(size_t i) const { return captures_[i]; }
+
+  // Is this call one for the split-key pass?
+  bool decodes() const;
+  // The kernel `entry` of a pass, for keys in pages or contiguous ones; looked up once a plan.
+  const JitKernel& kernel(const Context& context, const char* pass, DType dtype, bool paged,
+                          const char* entry) const;
+  // Lists for tiles of these sizes, of queries or (transposed) of keys.
+  AttentionBlocks blocks(int64_t block_q, int64_t block_kv, bool transposed) const;
+
+ private:
+  using BlocksKey = std::array<int64_t, 3>;  // block_q, block_kv, transposed
+
+  CudaBackend& backend_;
+  std::shared_ptr<const flex::EmittedMod> mod_;
+  std::string reason_;
+  Tensor q_lens_, kv_lens_, q_offsets_;  // i32 or undefined
+  std::vector<Tensor> captures_;         // f32 or i32
+  mutable std::mutex mutex_;             // of what follows
+  mutable std::map<BlocksKey, DeviceBlocks> blocks_;
+  mutable std::map<std::tuple<std::string, DType, bool>, const JitKernel*> kernels_;  // by entry
+};
+
+// out[i] = sums[2*i] * 2^-20 + sums[2*i + 1] * 2^-56: the fixed-point sums of attention_backward.cuh;
+// NaN where one is beyond 2^60.
+void convert_fixed_point(Context& context, const Tensor& sums, const Tensor& out);
+
+// out (B, T, heads*D) = the rows that `table` (B, pages) sends keys to, for pools whose rows lie at addresses
+// that kernels cannot copy from. Keys past kv_lens (or null: T) are left as they are.
+void gather_pages(Context& context, const HeadsView& pool, const Tensor& table, int64_t page_size,
+                  int64_t head_dim, const int* kv_lens, const Tensor& out);
+
+}  // namespace flexchat::cuda

@@ -1,0 +1,205 @@
+// Plans: which tiles the mask visits, lengths and captured tensors on the device, kernels by name.
+#include <algorithm>
+
+#include "backend/cuda/attention.h"
+#include "backend/cuda/cuda_backend.h"
+#include "backend/cuda/kernels/tiles.cuh"
+#include "base/error.h"
+#include "base/strings.h"
+#include "flex/mods.h"
+
+namespace flexchat::cuda {
+namespace {
+
+constexpr std::array<int64_t, 7> kHeadDims = {32, 64, 80, 96, 128, 192, 256};
+constexpr int64_t kDecodeQueries = 16;  // the split-key pass reads the keys once for every 16 rows of a group
+
+Tensor upload_i32(Backend& backend, const std::vector<int64_t>& values) {
+  if (values.empty()) return {};
+  const Shape shape = {static_cast<int64_t>(values.size())};
+  return backend.to_device(Tensor::from<int64_t>(values, shape, DType::i32));
+}
+Tensor upload_i32(Backend& backend, const std::vector<int32_t>& values) {
+  Tensor host(host_arena(), {std::max<int64_t>(static_cast<int64_t>(values.size()), 1)}, DType::i32);
+  std::copy(values.begin(), values.end(), host.as<int32_t>());
+  return backend.to_device(host);
+}
+
+// A captured tensor as kernels read it. One that lies there already is used as it is, so that its values may
+// change between the plan and the launch.
+Tensor upload_capture(Backend& backend, const flex::Capture& capture, const Tensor& values) {
+  const DType dtype = capture.type() == flex::Type::integer ? DType::i32 : DType::f32;
+  if (&values.arena() == &backend.arena() && values.dtype() == dtype) return values;
+  Tensor copy = backend.empty(values.shape(), dtype);
+  backend.copy(values, copy);
+  return copy;
+}
+
+// The built-in mask and the expression as one.
+flex::Expr whole_mask(const AttentionSpec& spec) {
+  const auto [score, b, h, q, kv, n_q, n_kv] = flex::variables();
+  flex::Expr mask = *spec.mask;
+  if (spec.causal) mask = flex::causal() && mask;
+  if (spec.causal && spec.window >= 0) mask = flex::window(spec.window + 1) && mask;
+  return mask;
+}
+
+// Calls visit(block, partial) for the blocks of one list, ascending.
+template <class Visit>
+void for_each_block(const flex::BlockMask& mask, int64_t row, const Visit& visit) {
+  const auto full = mask.full.row(row), partial = mask.partial.row(row);
+  size_t f = 0, p = 0;
+  while (f < full.size() || p < partial.size()) {
+    const bool take_full = p == partial.size() || (f < full.size() && full[f] < partial[p]);
+    visit(take_full ? full[f++] : partial[p++], !take_full);
+  }
+}
+
+}  // namespace
+
+TileLists query_tile_lists(const flex::BlockMask& mask) {
+  TileLists lists;
+  lists.batch_rows = mask.n_batch;
+  lists.head_rows = mask.n_head;
+  for (int64_t row = 0; row < mask.n_batch * mask.n_head * mask.n_q_blocks; ++row) {
+    for_each_block(mask, row,
+                   [&](int32_t block, bool partial) { lists.entry.push_back(2 * block + partial); });
+    lists.begin.push_back(static_cast<int32_t>(lists.entry.size()));
+  }
+  return lists;
+}
+
+TileLists key_tile_lists(const flex::BlockMask& mask) {
+  TileLists lists;
+  lists.batch_rows = mask.n_batch;
+  lists.head_rows = mask.n_head;
+  struct Visit {
+    int32_t entry, rank;
+  };
+  for (int64_t bh = 0; bh < mask.n_batch * mask.n_head; ++bh) {
+    std::vector<std::vector<Visit>> visits(static_cast<size_t>(mask.n_kv_blocks));
+    for (int64_t i = 0; i < mask.n_q_blocks; ++i) {
+      int32_t rank = 0;
+      for_each_block(mask, bh * mask.n_q_blocks + i, [&](int32_t block, bool partial) {
+        visits[static_cast<size_t>(block)].push_back({static_cast<int32_t>(2 * i + partial), rank++});
+      });
+    }
+    for (const auto& list : visits) {
+      for (const Visit& visit : list) {
+        lists.entry.push_back(visit.entry);
+        lists.rank.push_back(visit.rank);
+      }
+      lists.begin.push_back(static_cast<int32_t>(lists.entry.size()));
+    }
+  }
+  return lists;
+}
+
+CudaAttentionPlan::CudaAttentionPlan(CudaBackend& backend, const AttentionShape& shape,
+                                     const AttentionSpec& spec)
+    : AttentionPlan(shape, spec), backend_(backend) {
+  check(std::find(kHeadDims.begin(), kHeadDims.end(), shape.head_dim) != kHeadDims.end(),
+        "attention kernel cuda_mma: head dim {}; allowed are {}", shape.head_dim,
+        "32, 64, 80, 96, 128, 192, 256");
+  if (spec.plain()) {
+    static const auto plain = std::make_shared<const flex::EmittedMod>(flex::emit_mod({}, {}));
+    mod_ = plain;
+  } else {
+    mod_ = std::make_shared<const flex::EmittedMod>(flex::emit_mod(spec.mask, spec.score_mod));
+  }
+  static_assert(kMaxCaptures == flex::max_emitted_captures);
+  for (const flex::Capture& capture : mod_->captures)
+    captures_.push_back(upload_capture(backend, capture, spec.bindings.at(capture)));
+  q_lens_ = upload_i32(backend, shape.q_lens);
+  kv_lens_ = upload_i32(backend, shape.kv_lens);
+  q_offsets_ = upload_i32(backend, shape.q_offsets);
+  reason_ = decodes() ? "few queries a row: keys split over blocks" : "tiles of mma.sync, FFMA in f32";
+}
+
+bool CudaAttentionPlan::decodes() const { return shape().q_len <= kDecodeQueries; }
+
+AttentionParams CudaAttentionPlan::params() const {
+  const AttentionShape& s = shape();
+  AttentionParams p{};
+  p.batch = static_cast<int>(s.batch);
+  p.n_head = static_cast<int>(s.n_head);
+  p.n_kv_head = static_cast<int>(s.n_kv_head);
+  p.q_len = static_cast<int>(s.q_len);
+  p.kv_len = static_cast<int>(s.kv_len);
+  if (q_lens_.defined()) p.q_lens = q_lens_.as<int>();
+  if (kv_lens_.defined()) p.kv_lens = kv_lens_.as<int>();
+  if (q_offsets_.defined()) p.q_offsets = q_offsets_.as<int>();
+  p.scale = static_cast<float>(spec().scale);
+  p.causal = spec().causal;
+  p.window = static_cast<int>(std::min<int64_t>(spec().window, 1 << 30));
+  for (size_t i = 0; i < captures_.size(); ++i) {
+    const Tensor& x = captures_[i];
+    p.captures[i].data = x.data();
+    int64_t stride = 1;
+    for (int axis = x.rank() - 1; axis >= 0; --axis) {
+      p.captures[i].stride[axis] = stride;
+      stride *= x.dim(axis);
+    }
+  }
+  if (spec().dropout > 0) {
+    p.dropout_threshold = static_cast<unsigned>(spec().dropout * 0x1p32);
+    // As the definition has it: dropped iff bits < dropout * 2^32, a number that need not be whole.
+    if (static_cast<double>(p.dropout_threshold) < spec().dropout * 0x1p32) ++p.dropout_threshold;
+    p.dropout_scale = static_cast<float>(1 / (1 - spec().dropout));
+    p.dropout_seed = spec().dropout_seed;
+  }
+  p.page_size = static_cast<int>(spec().page_size);
+  return p;
+}
+
+const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* pass, DType dtype, bool paged,
+                                           const char* entry) const {
+  const std::lock_guard lock(mutex_);
+  const JitKernel*& kernel = kernels_[{entry, dtype, paged}];
+  if (kernel == nullptr) {
+    AttentionKernel wanted;
+    wanted.pass = pass;
+    wanted.dtype = dtype;
+    wanted.head_dim = shape().head_dim;
+    wanted.paged = paged;
+    wanted.dropout = spec().dropout > 0;
+    kernel = &Jit::of(context).get(context, attention_source(wanted, *mod_), entry);
+  }
+  return *kernel;
+}
+
+AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, bool transposed) const {
+  if (!spec().mask) return {};
+  const std::lock_guard lock(mutex_);
+  DeviceBlocks& device = blocks_[{block_q, block_kv, transposed ? 1 : 0}];
+  if (!device.begin.defined()) {
+    const flex::BlockMask mask =
+        flex::build_block_mask(whole_mask(spec()), spec().bindings, shape().extent(), block_q, block_kv);
+    const TileLists lists = transposed ? key_tile_lists(mask) : query_tile_lists(mask);
+    check(mask.full.count() + mask.partial.count() < (int64_t{1} << 30),
+          "attention: the mask visits {} tiles; at most 2^30 are allowed",
+          mask.full.count() + mask.partial.count());
+    device.entry = upload_i32(backend_, lists.entry);
+    if (transposed) device.rank = upload_i32(backend_, lists.rank);
+    device.batch_rows = lists.batch_rows;
+    device.head_rows = lists.head_rows;
+    device.begin = upload_i32(backend_, lists.begin);
+  }
+  return {device.begin.as<int>(), device.entry.as<int>(), transposed ? device.rank.as<int>() : nullptr,
+          static_cast<int>(device.batch_rows), static_cast<int>(device.head_rows)};
+}
+
+std::vector<std::string> CudaBackend::attention_kernels() const { return {"cuda_mma"}; }
+
+std::shared_ptr<const AttentionPlan> CudaBackend::plan_attention(const AttentionShape& shape,
+                                                                 const AttentionSpec& spec,
+                                                                 std::string_view kernel) {
+  if (kernel != "auto" && kernel != "cuda_mma") {
+    fail("the cuda backend has no attention kernel '{}'{}; allowed: auto, {}", kernel,
+         did_you_mean(kernel, attention_kernels()), join(attention_kernels()));
+  }
+  spec.check(shape);
+  return std::make_shared<CudaAttentionPlan>(*this, shape, spec);
+}
+
+}  // namespace flexchat::cuda

@@ -1,0 +1,156 @@
+// What all attention passes share: a row's lengths, which tiles to visit, visibility of an element, dropout,
+// and moving tiles of rows between global and shared memory.
+#pragma once
+#include "mma.cuh"
+#include "mod_math.cuh"
+
+namespace flexchat::cuda {
+
+// One batch row and query head.
+struct Row {
+  int b, h, n_q, n_kv, offset;
+};
+ATTENTION_DEVICE Row make_row(const AttentionParams& p, int b, int h) {
+  return {b, h, p.q_lens ? p.q_lens[b] : p.q_len, p.kv_lens ? p.kv_lens[b] : p.kv_len,
+          p.q_offsets ? p.q_offsets[b] : 0};
+}
+
+// Keys [first, end) are visible to position q as far as lengths and the built-in mask go.
+struct KeyRange {
+  int first, end;
+};
+ATTENTION_DEVICE KeyRange key_range(const AttentionParams& p, const Row& row, int q) {
+  KeyRange r{0, row.n_kv};
+  if (p.causal) {
+    r.end = min(r.end, q + 1);
+    if (p.window >= 0) r.first = max(0, q - p.window);
+  }
+  return r;
+}
+
+// The key tiles that queries q_first..q_last (logical positions) visit, or, transposed, the query tiles.
+struct TileWalk {
+  const int* entry;  // null: tiles first, first + 1, ...
+  int first, count;
+  ATTENTION_DEVICE int at(int i) const { return entry ? __ldg(entry + i) : 2 * (first + i); }
+};
+ATTENTION_DEVICE TileWalk list_walk(const AttentionBlocks& blocks, const Row& row, int tiles, int i) {
+  const int r =
+      ((blocks.batch_rows == 1 ? 0 : row.b) * blocks.head_rows + (blocks.head_rows == 1 ? 0 : row.h)) *
+          tiles +
+      i;
+  const int begin = __ldg(blocks.begin + r);
+  return {blocks.entry + begin, 0, __ldg(blocks.begin + r + 1) - begin};
+}
+// Is any element of keys kv.. kv + n - 1 hidden from q_first or q_last by lengths and the built-in mask?
+ATTENTION_DEVICE bool crosses_border(const AttentionParams& p, const Row& row, int q_first, int q_last,
+                                     int kv, int n) {
+  return kv + n > key_range(p, row, q_first).end || kv < key_range(p, row, q_last).first;
+}
+
+// Philox4x32-10 (base/rng.h); counter (kv / 4, q, h, b): four weights of neighbouring keys.
+struct DropoutBits {
+  unsigned word[4];
+};
+ATTENTION_DEVICE DropoutBits dropout_bits(unsigned long long seed, int b, int h, int q, int kv4) {
+  unsigned c0 = static_cast<unsigned>(kv4), c1 = static_cast<unsigned>(q), c2 = static_cast<unsigned>(h),
+           c3 = static_cast<unsigned>(b);
+  unsigned k0 = static_cast<unsigned>(seed), k1 = static_cast<unsigned>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const unsigned h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+    const unsigned h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+    c0 = h1 ^ c1 ^ k0;
+    c1 = l1;
+    c2 = h0 ^ c3 ^ k1;
+    c3 = l0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Starts copies of `rows` rows of one head to a tile; rows past `valid` become zeros, unread.
+template <int rows, int threads>
+ATTENTION_DEVICE void load_rows(unsigned tile, const void* data, long long stride, int valid, int thread) {
+  using T = Tile<kHeadDim>;
+  const char* from = static_cast<const char*>(data);
+  constexpr int total = rows * T::chunks;
+#pragma unroll
+  for (int i = 0; i < (total + threads - 1) / threads; ++i) {
+    const int at = i * threads + thread;
+    if (total % threads != 0 && at >= total) break;
+    const int row = at / T::chunks, chunk = at % T::chunks;
+    const bool ok = row < valid;
+    copy_async(tile + T::chunk_offset(row, chunk),
+               from + (ok ? row * stride * kElementBytes + chunk * 16 : 0), ok);
+  }
+}
+
+// The same for keys or values kv.. of a batch row, through the block table when there are pages.
+template <int rows, int threads>
+ATTENTION_DEVICE void load_keys(unsigned tile, const AttentionParams& p, const AttentionView& view,
+                                const Row& row, int kv_head, int kv, int thread) {
+  const char* data = static_cast<const char*>(view.data) + kv_head * view.head * kElementBytes;
+#if ATTENTION_PAGED
+  using T = Tile<kHeadDim>;
+  constexpr int total = rows * T::chunks;
+  const int* table = p.block_table + static_cast<long long>(row.b) * p.table_stride;
+#pragma unroll
+  for (int i = 0; i < (total + threads - 1) / threads; ++i) {
+    const int at = i * threads + thread;
+    if (total % threads != 0 && at >= total) break;
+    const int key = kv + at / T::chunks, chunk = at % T::chunks;
+    const bool ok = key < row.n_kv;
+    long long from = 0;
+    if (ok) {
+      const int page = key / p.page_size;
+      from = (__ldg(table + page) * view.batch + (key - page * p.page_size) * view.token) * kElementBytes +
+             chunk * 16;
+    }
+    copy_async(tile + T::chunk_offset(at / T::chunks, chunk), data + from, ok);
+  }
+#else
+  load_rows<rows, threads>(tile, data + (row.b * view.batch + kv * view.token) * kElementBytes, view.token,
+                           row.n_kv - kv, thread);
+#endif
+}
+
+// An accumulator times `factor` to a tile, as Element: rows row.., columns column...
+template <int columns, int m_tiles, int n_tiles>
+ATTENTION_DEVICE void store_tile(unsigned tile, const float (&acc)[m_tiles][n_tiles][4],
+                                 const float (&factor)[m_tiles][2], int row, int column, int lane) {
+  using T = Tile<columns>;
+#pragma unroll
+  for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned to =
+            tile + T::element_offset(row + 16 * m + 8 * i + lane / 4, column + 8 * n + 2 * (lane % 4));
+        const float x = acc[m][n][2 * i] * factor[m][i], y = acc[m][n][2 * i + 1] * factor[m][i];
+        if constexpr (kExact)
+          store_shared(to, x, y);
+        else
+          store_shared(to, pack(x, y));
+      }
+}
+
+// Rows row.. row + rows - 1 of a tile to global memory, as far as `valid` (counted from row 0 of the tile);
+// done by `threads` threads, a warp or the block.
+template <int rows, int threads>
+ATTENTION_DEVICE void write_rows(unsigned tile, int row, void* data, long long stride, int valid,
+                                 int thread) {
+  using T = Tile<kHeadDim>;
+  constexpr int total = rows * T::chunks;
+#pragma unroll 4
+  for (int at = thread; at < total; at += threads) {
+    const int r = row + at / T::chunks, chunk = at % T::chunks;
+    if (r < valid)
+      *reinterpret_cast<float4*>(static_cast<char*>(data) + r * stride * kElementBytes + chunk * 16) =
+          load_shared4(tile + T::chunk_offset(r, chunk));
+  }
+}
+
+}  // namespace flexchat::cuda

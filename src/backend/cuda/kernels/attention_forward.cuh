@@ -1,0 +1,234 @@
+// Attention, forward: out (B, Tq, H, D) = softmax_j(mod(scale * q_i . k_j)) v_j and lse (B, H, Tq).
+//
+// One block computes a tile of queries of one head, walking over the tiles of keys that some of them see, in
+// ascending order, with the online softmax of FlashAttention-2 (Dao 2023) in base 2. 4*D FLOPs an element;
+// reads q once and k, v once a query tile. While a tile is computed the next is copied. Tiles of queries are
+// handed out last first: under a causal mask the longest start first.
+#pragma once
+#include "attention_common.cuh"
+
+namespace flexchat::cuda {
+
+namespace forward {
+
+constexpr ForwardTile kTile = forward_tile(kDType, kHeadDim);
+constexpr int kBlockQ = kTile.block_q(), kBlockKv = kTile.block_kv, kThreads = kTile.threads();
+constexpr int kM = kTile.m_tiles, kN = kBlockKv / 8, kD = kHeadDim / 8;
+constexpr int kTileBytes = kBlockKv * Tile<kHeadDim>::row_bytes;
+
+// The state of a thread's 2*kM queries.
+struct State {
+  float out[kM][kD][4];
+  float max[kM][2], sum[kM][2];  // max in base 2; sum over this thread's columns
+  ModQ mod[kM][2];
+};
+
+ATTENTION_DEVICE TileWalk walk(const AttentionParams& p, const Row& row, int tile, int q_first, int q_last) {
+  if (p.blocks.begin) return list_walk(p.blocks, row, (p.q_len + kBlockQ - 1) / kBlockQ, tile);
+  const int first = key_range(p, row, q_first).first / kBlockKv, end = key_range(p, row, q_last).end;
+  return {nullptr, first, max(0, (end + kBlockKv - 1) / kBlockKv - first)};
+}
+
+// s becomes the mod's score in base 2.
+ATTENTION_DEVICE void apply_mod(const AttentionParams& p, const Row& row, const ModContext& context,
+                                const ModHead& head, const State& state, float (&s)[kM][kN][4], int q_warp,
+                                int kv, int lane) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int key = min(kv + 8 * n + 2 * (lane % 4) + e, row.n_kv - 1);
+      const ModKv column = mod_kv(context, head, key);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
+          float& x = s[m][n][2 * i + e];
+          x = mod_score(context, head, state.mod[m][i], column, x * p.scale, q, key) * kLog2e;
+        }
+    }
+}
+
+ATTENTION_DEVICE void scale_scores(float (&s)[kM][kN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][n][e] *= factor;
+}
+
+// s becomes -inf where the key is hidden.
+ATTENTION_DEVICE void apply_mask(const AttentionParams& p, const Row& row, const ModContext& context,
+                                 const ModHead& head, const State& state, float (&s)[kM][kN][4], int q_warp,
+                                 int kv, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
+      const KeyRange range = key_range(p, row, q);
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int key = kv + 8 * n + 2 * (lane % 4) + e, inside = min(key, row.n_kv - 1);
+          const bool seen =
+              key >= range.first && key < range.end &&
+              mod_mask(context, head, state.mod[m][i], mod_kv(context, head, inside), q, inside);
+          if (!seen) s[m][n][2 * i + e] = negative_infinity();
+        }
+    }
+}
+
+// s becomes the weights exp2(s - max), sum and out follow the new maximum. `unit` turns s into base 2.
+ATTENTION_DEVICE void softmax(State& state, float (&s)[kM][kN][4], float unit) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = s[m][0][2 * i];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(state.max[m][i], top * unit);
+      const float base = top == negative_infinity() ? 0.0f : top;
+      const float factor = exp2_fast(state.max[m][i] - base);
+      state.max[m][i] = top;
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[m][n][2 * i + e];
+          x = exp2_fast(fmaf(x, unit, -base));
+          sum += x;
+        }
+      state.sum[m][i] = fmaf(state.sum[m][i], factor, sum);
+#pragma unroll
+      for (int n = 0; n < kD; ++n) {
+        state.out[m][n][2 * i] *= factor;
+        state.out[m][n][2 * i + 1] *= factor;
+      }
+    }
+}
+
+ATTENTION_DEVICE void drop(const AttentionParams& p, const Row& row, float (&s)[kM][kN][4], int q_warp,
+                           int kv, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int q = q_warp + 16 * m + 8 * i + lane / 4, key = kv + 8 * n + 2 * (lane % 4);
+        const DropoutBits bits = dropout_bits(p.dropout_seed, row.b, row.h, q, key / 4);
+        const bool high = lane & 1;
+        if ((high ? bits.word[2] : bits.word[0]) < p.dropout_threshold) s[m][n][2 * i] = 0;
+        if ((high ? bits.word[3] : bits.word[1]) < p.dropout_threshold) s[m][n][2 * i + 1] = 0;
+      }
+}
+
+// Divides by the sums and writes out and lse; rows that do not exist in a shorter batch row are zeros.
+ATTENTION_DEVICE void finish(const AttentionParams& p, const Row& row, State& state, unsigned tile, int q0,
+                             int q_warp, int warp, int lane) {
+  float factor[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = state.sum[m][i];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int q = q_warp + 16 * m + 8 * i + lane / 4;
+      const bool seen = sum > 0 && q < row.n_q;
+      factor[m][i] = seen ? (ATTENTION_DROPOUT ? p.dropout_scale : 1.0f) / sum : 0.0f;
+      if (p.lse && lane % 4 == 0 && q < p.q_len) {
+        const float lse =
+            kExact ? state.max[m][i] * kLn2 + logf(sum) : (state.max[m][i] + __log2f(sum)) * kLn2;
+        p.lse[(static_cast<long long>(row.b) * p.n_head + row.h) * p.q_len + q] =
+            seen ? lse : negative_infinity();
+      }
+    }
+  constexpr int rows = 16 * kM;
+  store_tile<kHeadDim>(tile, state.out, factor, warp * rows, 0, lane);
+  __syncwarp();
+  char* out = static_cast<char*>(p.out.data) +
+              (row.b * p.out.batch + row.h * p.out.head + q0 * p.out.token) * kElementBytes;
+  write_rows<rows, 32>(tile, warp * rows, out, p.out.token, p.q_len - q0, lane);
+}
+
+}  // namespace forward
+
+extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.ctas)
+    attention_forward(const __grid_constant__ AttentionParams p) {
+  using namespace forward;
+  extern __shared__ __align__(1024) char shared[];
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int heads = p.batch * p.n_head, tiles = (p.q_len + kBlockQ - 1) / kBlockQ;
+  const int bh = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
+  const Row row = make_row(p, bh / p.n_head, bh % p.n_head);
+  const int kv_head = row.h / (p.n_head / p.n_kv_head);
+  const int q0 = tile * kBlockQ, q_warp = q0 + warp * 16 * kM;
+  const int q_first = row.offset + q0, q_last = row.offset + min(q0 + kBlockQ, row.n_q) - 1;
+
+  const unsigned q_tile = shared_address(shared);
+  const unsigned k_tile = q_tile + kBlockQ * Tile<kHeadDim>::row_bytes, v_tile = k_tile + 2 * kTileBytes;
+  TileWalk tile_walk{nullptr, 0, 0};
+  if (q0 < row.n_q && row.n_kv > 0) tile_walk = walk(p, row, tile, q_first, q_last);
+
+  const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
+  ModHead head{};
+  State state{};
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) state.max[m][i] = negative_infinity();
+  if (tile_walk.count > 0) {
+    const char* q_data = static_cast<const char*>(p.q.data) +
+                         (row.b * p.q.batch + row.h * p.q.head + q0 * p.q.token) * kElementBytes;
+    load_rows<kBlockQ, kThreads>(q_tile, q_data, p.q.token, row.n_q - q0, thread);
+    const int kv = (tile_walk.at(0) >> 1) * kBlockKv;
+    load_keys<kBlockKv, kThreads>(k_tile, p, p.k, row, kv_head, kv, thread);
+    load_keys<kBlockKv, kThreads>(v_tile, p, p.v, row, kv_head, kv, thread);
+    copy_commit();
+    head = mod_head(context);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        state.mod[m][i] =
+            mod_q(context, head, row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1));
+  }
+
+  // What turns scores into base 2 after their maximum is taken, so it must not be negative.
+  const float unit = MOD_HAS_SCORE || p.scale <= 0 ? 1.0f : p.scale * kLog2e;
+#pragma unroll 1
+  for (int t = 0; t < tile_walk.count; ++t) {
+    const int entry = tile_walk.at(t), kv = (entry >> 1) * kBlockKv;
+    const unsigned k_now = k_tile + (t & 1) * kTileBytes, v_now = v_tile + (t & 1) * kTileBytes;
+    copy_wait<0>();
+    __syncthreads();  // this tile has arrived, and every warp is done with the buffers filled next
+    if (t + 1 < tile_walk.count) {
+      const int next = (tile_walk.at(t + 1) >> 1) * kBlockKv;
+      load_keys<kBlockKv, kThreads>(k_tile + (~t & 1) * kTileBytes, p, p.k, row, kv_head, next, thread);
+      load_keys<kBlockKv, kThreads>(v_tile + (~t & 1) * kTileBytes, p, p.v, row, kv_head, next, thread);
+      copy_commit();
+    }
+    float s[kM][kN][4] = {};
+    product_nt<kHeadDim>(s, q_tile, warp * 16 * kM, k_now, 0, lane);
+    const bool partial = (entry & 1) || (MOD_HAS_MASK && !tile_walk.entry) ||
+                         crosses_border(p, row, q_first, q_last, kv, kBlockKv);
+    if (!MOD_HAS_SCORE && p.scale <= 0) scale_scores(s, p.scale * kLog2e);
+    if (MOD_HAS_SCORE) apply_mod(p, row, context, head, state, s, q_warp, kv, lane);
+    if (partial) apply_mask(p, row, context, head, state, s, q_warp, kv, lane);
+    softmax(state, s, unit);
+    if (ATTENTION_DROPOUT) drop(p, row, s, q_warp, kv, lane);
+    product_rn<kHeadDim>(state.out, s, v_now, 0, 0, lane);
+  }
+  finish(p, row, state, q_tile, q0, q_warp, warp, lane);
+}
+
+}  // namespace flexchat::cuda

@@ -1,0 +1,323 @@
+// Tile products for attention: small wrappers over PTX (ldmatrix, mma.sync, cp.async; sm_80 and up), and the
+// same three products in plain FFMA for f32, where TF32 would lose 13 bits.
+//
+// A tile is rows x columns of Element in shared memory (tiles.cuh: swizzled or padded). Accumulators have the
+// layout of mma.m16n8k16: element e of acc[m][n] in lane l is row 16*m + l/4 + 8*(e/2), column
+// 8*n + 2*(l%4) + e%2.
+#pragma once
+#include "attention_params.cuh"
+#include "tiles.cuh"
+
+namespace flexchat::cuda {
+
+#define ATTENTION_DEVICE __device__ __forceinline__
+
+constexpr int kDType = ATTENTION_DTYPE, kHeadDim = ATTENTION_HEAD_DIM;
+constexpr bool kExact = kDType == kAttentionF32;
+constexpr int kElementBytes = kExact ? 4 : 2;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+ATTENTION_DEVICE float negative_infinity() { return __int_as_float(static_cast<int>(0xff800000u)); }
+
+ATTENTION_DEVICE unsigned shared_address(const void* p) {
+  unsigned a;
+  asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(a) : "l"(p));
+  return a;
+}
+
+// 16 bytes from global to shared memory; zeros unless `valid`, and then nothing is read.
+ATTENTION_DEVICE void copy_async(unsigned to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+}
+ATTENTION_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
+template <int pending>
+ATTENTION_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// exp2(-inf) = 0; relative error 2^-22.
+ATTENTION_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+struct Quad {
+  unsigned x[4];
+};
+ATTENTION_DEVICE Quad load_matrix(unsigned address) {
+  Quad r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x[0]), "=r"(r.x[1]), "=r"(r.x[2]), "=r"(r.x[3])
+               : "r"(address)
+               : "memory");
+  return r;
+}
+ATTENTION_DEVICE Quad load_matrix_trans(unsigned address) {
+  Quad r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x[0]), "=r"(r.x[1]), "=r"(r.x[2]), "=r"(r.x[3])
+               : "r"(address)
+               : "memory");
+  return r;
+}
+
+// c (16x8 f32) += a (16x16) * b (16x8)
+ATTENTION_DEVICE void mma(float (&c)[4], const Quad& a, unsigned b0, unsigned b1) {
+#if ATTENTION_DTYPE == 1
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to Element, the first in the low half.
+ATTENTION_DEVICE unsigned pack(float low, float high) {
+  unsigned r;
+#if ATTENTION_DTYPE == 1
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+  return r;
+}
+ATTENTION_DEVICE void unpack(unsigned x, float& low, float& high) {
+#if ATTENTION_DTYPE == 1
+  low = __uint_as_float(x << 16);
+  high = __uint_as_float(x & 0xffff0000u);
+#else
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(low), "=f"(high)
+      : "r"(x));
+#endif
+}
+
+ATTENTION_DEVICE void store_shared(unsigned address, unsigned x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+ATTENTION_DEVICE void store_shared(unsigned address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+ATTENTION_DEVICE float load_shared(unsigned address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+ATTENTION_DEVICE float2 load_shared2(unsigned address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+ATTENTION_DEVICE float4 load_shared4(unsigned address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+// Addresses inside a tile with `columns` elements a row.
+template <int columns>
+struct Tile {
+  static constexpr int chunks = columns * kElementBytes / 16;
+  static constexpr bool swizzled = chunks % 8 == 0;
+  static constexpr int row_bytes = tile_row_bytes(columns, kElementBytes);
+  ATTENTION_DEVICE static unsigned chunk_offset(int row, int chunk) {
+    return static_cast<unsigned>(row * row_bytes + ((swizzled ? chunk ^ (row & 7) : chunk) << 4));
+  }
+  ATTENTION_DEVICE static unsigned element_offset(int row, int column) {
+    const int byte = column * kElementBytes;
+    return chunk_offset(row, byte >> 4) + static_cast<unsigned>(byte & 15);
+  }
+};
+
+template <int m_tiles, int n_tiles>
+ATTENTION_DEVICE void add_up(float (&acc)[m_tiles][n_tiles][4], const float (&part)[m_tiles][n_tiles][4]) {
+#pragma unroll
+  for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] += part[m][n][e];
+}
+
+// f32: acc[.][n] += x (16 columns of the left operand) times 16 rows of tile b from b_row on.
+template <int columns, int m_tiles, int n_tiles>
+ATTENTION_DEVICE void add_rows(float (&acc)[m_tiles][n_tiles][4], int n, const float (&x)[16][m_tiles][2],
+                               unsigned b, int b_row, int b_column, int lane) {
+  float part[m_tiles][4] = {};
+#pragma unroll
+  for (int k = 0; k < 16; ++k) {
+    const float2 y =
+        load_shared2(b + Tile<columns>::element_offset(b_row + k, b_column + 8 * n + 2 * (lane % 4)));
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        part[m][2 * i] = fmaf(x[k][m][i], y.x, part[m][2 * i]);
+        part[m][2 * i + 1] = fmaf(x[k][m][i], y.y, part[m][2 * i + 1]);
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[m][n][e] += part[m][e];
+}
+
+// acc[m][n] += A B^T over `depth` columns: rows a_row.. of tile a, rows b_row.. of tile b. a and b are laid
+// out as Tile<depth>.
+template <int depth, int m_tiles, int n_tiles>
+ATTENTION_DEVICE void product_nt(float (&acc)[m_tiles][n_tiles][4], unsigned a, int a_row, unsigned b,
+                                 int b_row, int lane) {
+  using T = Tile<depth>;
+  if constexpr (kExact) {
+#pragma unroll 1
+    for (int k0 = 0; k0 < depth; k0 += 16) {
+      float part[m_tiles][n_tiles][4] = {};  // sums of sums: their rounding errors grow with 16, not depth
+#pragma unroll 1
+      for (int k = k0; k < k0 + 16; k += 4) {
+        float4 x[m_tiles][2];
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            x[m][i] = load_shared4(a + T::chunk_offset(a_row + 16 * m + 8 * i + lane / 4, k / 4));
+#pragma unroll
+        for (int n = 0; n < n_tiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float4 y = load_shared4(b + T::chunk_offset(b_row + 8 * n + 2 * (lane % 4) + e, k / 4));
+#pragma unroll
+            for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                float& c = part[m][n][2 * i + e];
+                c = fmaf(x[m][i].x, y.x, c);
+                c = fmaf(x[m][i].y, y.y, c);
+                c = fmaf(x[m][i].z, y.z, c);
+                c = fmaf(x[m][i].w, y.w, c);
+              }
+          }
+      }
+      add_up(acc, part);
+    }
+  } else {
+    // ldmatrix x4: lanes 0-7, 8-15, 16-23, 24-31 give the rows of four 8x8 matrices. A: (rows 0-7, 8-15) of
+    // the first 8 columns, then of the second. B: both column halves of rows 0-7, then of rows 8-15.
+    const int a_lane = a_row + (lane & 15), a_half = lane >> 4;
+    const int b_lane = b_row + (lane & 7) + ((lane >> 4) << 3), b_half = (lane >> 3) & 1;
+#pragma unroll
+    for (int k = 0; k < depth / 16; ++k) {
+      Quad x[m_tiles];
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m)
+        x[m] = load_matrix(a + T::chunk_offset(a_lane + 16 * m, 2 * k + a_half));
+#pragma unroll
+      for (int n = 0; n < n_tiles; n += 2) {
+        const Quad y = load_matrix(b + T::chunk_offset(b_lane + 8 * n, 2 * k + b_half));
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m) {
+          mma(acc[m][n], x[m], y.x[0], y.x[1]);
+          mma(acc[m][n + 1], x[m], y.x[2], y.x[3]);
+        }
+      }
+    }
+  }
+}
+
+// acc[m][n] += P B: P (16*m_tiles x 8*k_tiles) in registers with the accumulator's layout, rounded to
+// Element; B rows b_row.. and columns b_column.. of tile b, laid out as Tile<columns>.
+template <int columns, int m_tiles, int k_tiles, int n_tiles>
+ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], const float (&p)[m_tiles][k_tiles][4],
+                                 unsigned b, int b_row, int b_column, int lane) {
+  using T = Tile<columns>;
+  if constexpr (kExact) {
+    static_assert(k_tiles % 2 == 0);
+#pragma unroll
+    for (int k0 = 0; k0 < 8 * k_tiles; k0 += 16) {
+      float x[16][m_tiles][2];
+#pragma unroll
+      for (int k = 0; k < 16; ++k)
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            x[k][m][i] = __shfl_sync(~0u, p[m][(k0 + k) / 8][2 * i + k % 2], (lane & ~3) | (k % 8 / 2));
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n) add_rows<columns>(acc, n, x, b, b_row + k0, b_column, lane);
+    }
+  } else {
+    static_assert(k_tiles % 2 == 0 && n_tiles % 2 == 0);
+    const int b_lane = b_row + (lane & 15), b_half = b_column / 8 + (lane >> 4);
+#pragma unroll
+    for (int k = 0; k < k_tiles; k += 2) {
+      Quad x[m_tiles];
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m)
+        x[m] = {{pack(p[m][k][0], p[m][k][1]), pack(p[m][k][2], p[m][k][3]),
+                 pack(p[m][k + 1][0], p[m][k + 1][1]), pack(p[m][k + 1][2], p[m][k + 1][3])}};
+#pragma unroll
+      for (int n = 0; n < n_tiles; n += 2) {
+        const Quad y = load_matrix_trans(b + T::chunk_offset(b_lane + 8 * k, b_half + n));
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m) {
+          mma(acc[m][n], x[m], y.x[0], y.x[1]);
+          mma(acc[m][n + 1], x[m], y.x[2], y.x[3]);
+        }
+      }
+    }
+  }
+}
+
+// acc[m][n] += A^T B over `depth` rows: columns a_column.. of tile a (Tile<a_columns>), columns b_column.. of
+// tile b (Tile<b_columns>).
+template <int a_columns, int b_columns, int depth, int m_tiles, int n_tiles>
+ATTENTION_DEVICE void product_tn(float (&acc)[m_tiles][n_tiles][4], unsigned a, int a_column, unsigned b,
+                                 int b_column, int lane) {
+  using TA = Tile<a_columns>;
+  using TB = Tile<b_columns>;
+  if constexpr (kExact) {
+#pragma unroll 1
+    for (int k0 = 0; k0 < depth; k0 += 16) {
+      float x[16][m_tiles][2];
+#pragma unroll
+      for (int k = 0; k < 16; ++k)
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            x[k][m][i] = load_shared(a + TA::element_offset(k0 + k, a_column + 16 * m + 8 * i + lane / 4));
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n) add_rows<b_columns>(acc, n, x, b, k0, b_column, lane);
+    }
+  } else {
+    // A^T: matrices (k 0-7, m 0-7), (k 0-7, m 8-15), (k 8-15, m 0-7), (k 8-15, m 8-15), each transposed.
+    const int a_lane = (lane & 7) + ((lane >> 4) << 3), a_half = a_column / 8 + ((lane >> 3) & 1);
+    const int b_lane = lane & 15, b_half = b_column / 8 + (lane >> 4);
+#pragma unroll
+    for (int k = 0; k < depth; k += 16) {
+      Quad x[m_tiles];
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m)
+        x[m] = load_matrix_trans(a + TA::chunk_offset(a_lane + k, a_half + 2 * m));
+#pragma unroll
+      for (int n = 0; n < n_tiles; n += 2) {
+        const Quad y = load_matrix_trans(b + TB::chunk_offset(b_lane + k, b_half + n));
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m) {
+          mma(acc[m][n], x[m], y.x[0], y.x[1]);
+          mma(acc[m][n + 1], x[m], y.x[2], y.x[3]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace flexchat::cuda

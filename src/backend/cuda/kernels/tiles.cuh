@@ -1,0 +1,103 @@
+// Tile sizes of the attention kernels: the one table that kernels, host and tests read. A function of dtype
+// and head dim alone, so that results never depend on the device. Read by g++, nvcc and NVRTC.
+//
+// Limits that shape it: 255 registers a thread, so a warp's f32 accumulators stay under ~192; shared memory
+// that fits sm_80 (163 KB) wherever the fastest choice does.
+#pragma once
+
+namespace flexchat::cuda {
+
+enum AttentionDType { kAttentionF32 = 0, kAttentionBf16 = 1, kAttentionF16 = 2 };
+
+// Bytes of one row of a tile in shared memory. Rows whose 16-byte chunks come in eights are swizzled; others
+// are padded to an odd number of chunks: eight rows at one column then lie in eight different bank groups.
+constexpr int tile_row_bytes(int elements, int element_bytes) {
+  const int chunks = elements * element_bytes / 16;
+  return (chunks % 8 == 0 ? chunks : (chunks | 1)) * 16;
+}
+
+struct ForwardTile {
+  int warps, m_tiles;  // each warp holds m_tiles x 16 queries
+  int block_kv, stages, ctas;
+  constexpr int block_q() const { return warps * m_tiles * 16; }
+  constexpr int threads() const { return warps * 32; }
+};
+
+constexpr ForwardTile forward_tile(int dtype, int d) {
+  if (dtype == kAttentionF32)
+    return d <= 64    ? ForwardTile{4, 1, 64, 2, 2}
+           : d <= 128 ? ForwardTile{4, 1, 32, 2, 2}
+                      : ForwardTile{4, 1, 16, 2, 1};
+  if (d <= 64) return {4, 2, 64, 2, 3};
+  if (d <= 128) return {4, 2, 64, 2, 2};
+  return {4, 1, 64, 2, 1};
+}
+
+constexpr int forward_shared_bytes(int dtype, int d) {
+  const ForwardTile t = forward_tile(dtype, d);
+  const int row = tile_row_bytes(d, dtype == kAttentionF32 ? 4 : 2);
+  return (t.block_q() + 2 * t.stages * t.block_kv) * row;
+}
+
+// The backward: a block holds block_kv keys; each warp m_tiles x 16 of them and, of its keys' gradients, the
+// columns [D / d_split * part, ...). Scores of q_step queries are in registers at a time.
+struct BackwardTile {
+  int warps, m_tiles, d_split, block_q, q_step, ctas;
+  constexpr int block_kv() const { return warps / d_split * m_tiles * 16; }
+  constexpr int threads() const { return warps * 32; }
+  // dQ of a query tile: warps are dq_warps_q x the rest over (queries x columns), each dq_m x 16 queries and
+  // dq_n x 8 columns (more than there are, when they do not divide).
+  constexpr int dq_warps_q() const { return block_q >= 32 ? 2 : 1; }
+  constexpr int dq_m() const { return block_q / 16 / dq_warps_q(); }
+  constexpr int dq_n(int dtype, int d) const {
+    const int warps_d = warps / dq_warps_q(), n = (d / 8 + warps_d - 1) / warps_d;
+    return dtype == kAttentionF32 ? n : (n + 1) / 2 * 2;
+  }
+  // Floats of a query tile's dQ sum, in the order in which threads hold them.
+  constexpr int dq_floats(int dtype, int d) const { return threads() * dq_m() * dq_n(dtype, d) * 4; }
+};
+
+constexpr BackwardTile backward_tile(int dtype, int d) {
+  if (dtype == kAttentionF32) {
+    if (d <= 64) return {8, 1, 1, 32, 32, 1};
+    if (d <= 128) return {8, 1, 2, 32, 16, 1};
+    if (d <= 192) return {8, 1, 2, 16, 16, 1};
+    return {4, 1, 2, 16, 16, 1};
+  }
+  if (d <= 64) return {4, 2, 1, 64, 32, 2};
+  if (d <= 128) return {8, 1, 1, 64, 64, 1};
+  if (d <= 192) return {8, 1, 2, 64, 32, 1};
+  return {8, 1, 2, 32, 32, 1};
+}
+
+// K, V; two stages of Q, dO, row statistics, dS, and each warp's sums by query of n_grads captured accesses.
+constexpr int backward_shared_bytes(int dtype, int d, int n_grads) {
+  const BackwardTile t = backward_tile(dtype, d);
+  const int element = dtype == kAttentionF32 ? 4 : 2, row = tile_row_bytes(d, element);
+  return 2 * t.block_kv() * row + 4 * t.block_q * row +
+         2 * t.block_kv() * tile_row_bytes(t.block_q, element) + 4 * t.block_q * 4 +
+         2 * n_grads * t.warps * t.block_q * 4;
+}
+
+// Decoding: each warp has its own stages of 16 keys and values.
+struct DecodeTile {
+  int warps, stages;
+  constexpr int keys() const { return warps * 16; }  // of a block at a time: split_len is a multiple
+};
+constexpr int kDecodeRows = 16;  // query heads of a group x queries
+
+constexpr DecodeTile decode_tile(int dtype, int d) {
+  const int stage = 32 * tile_row_bytes(d, dtype == kAttentionF32 ? 4 : 2);  // 16 keys, 16 values
+  if (12 * stage <= 100 * 1024) return {4, 3};
+  if (8 * stage <= 140 * 1024) return {4, 2};
+  return {2, 2};
+}
+
+constexpr int decode_shared_bytes(int dtype, int d) {
+  const DecodeTile t = decode_tile(dtype, d);
+  const int row = tile_row_bytes(d, dtype == kAttentionF32 ? 4 : 2);
+  const int loop = 16 * row + t.warps * t.stages * 32 * row, merge = 16 * d * 4 + 2 * t.warps * 16 * 4;
+  return loop > merge ? loop : merge;
+}
+
+}  // namespace flexchat::cuda
