@@ -11,6 +11,8 @@ struct Parameter {
   std::string name;  // state-dict name, e.g. "transformer.h.0.attn.c_q.weight"
   Tensor value;      // master dtype
   Tensor grad;       // master dtype, same shape
+  // The value in the compute dtype where that is another: optimizers refresh it together with the value.
+  Tensor compute = {};
 };
 
 }  // namespace flexchat

@@ -1,8 +1,12 @@
 #include "models/gpt.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/error.h"
+#include "base/strings.h"
+#include "flex/mods.h"
 
 namespace flexchat {
 namespace {
@@ -10,16 +14,27 @@ namespace {
 constexpr double kSoftcap = 15;
 
 // Ids index tables, so one from another tokenizer must not get through.
-void check_ids(const Tensor& ids, int64_t vocab_size) {
+void check_range(const Tensor& ids, int64_t least, int64_t vocab_size, const char* what) {
   const auto* id = ids.as<int32_t>();
   for (int64_t i = 0; i < ids.numel(); ++i) {
-    if (id[i] < 0 || id[i] >= vocab_size) {
-      fail("token id {} at position {} is outside the vocabulary of {}", id[i], i, vocab_size);
+    if (id[i] < least || id[i] >= vocab_size) {
+      fail("{} {} at position {} is outside the vocabulary of {}", what, id[i], i, vocab_size);
     }
   }
 }
+constexpr int64_t kAnyNegative = std::numeric_limits<int32_t>::min();  // ignored targets
 
 }  // namespace
+
+void Gpt::check_ids(const Tensor& ids, const Tensor& targets) const {
+  check_range(ids, 0, config_.vocab_size, "token id");
+  check_range(targets, kAnyNegative, config_.vocab_size, "target");
+}
+
+Tensor Gpt::checked_ids(const Tensor& ids, int64_t least, const char* what) const {
+  if (ids.arena().host()) check_range(ids, least, config_.vocab_size, what);
+  return backend_.to_device(ids);
+}
 
 Gpt::Gpt(const GptConfig& config, Backend& backend, DType compute)
     : config_(config), backend_(backend), compute_(compute) {
@@ -36,7 +51,6 @@ Var Gpt::trunk(Tape& tape, const Tensor& ids, KvCache* cache, bool last_only) {
   const bool modern = config_.arch == Arch::modern;
   const int64_t batch = ids.dim(0);
   const Tensor flat_ids = ids.reshape({ids.numel()});
-  check_ids(flat_ids, config_.vocab_size);
 
   Var x = embed_norm(tape, wte_, flat_ids, compute_);
   if (modern) {
@@ -88,26 +102,68 @@ Var Gpt::block(Tape& tape, int64_t layer, const Var& in, const Var& x0, const Te
   return x;
 }
 
+void Gpt::set_attention(AttentionPath path, const std::string& kernel) {
+  const std::vector<std::string> known = backend_.attention_kernels();
+  if (kernel != "auto" && std::find(known.begin(), known.end(), kernel) == known.end()) {
+    fail("the {} backend has no attention kernel '{}'{}; allowed: auto, {}", backend_.name(), kernel,
+         did_you_mean(kernel, known), join(known));
+  }
+  attention_path_ = path;
+  attention_kernel_ = kernel;
+  plans_.clear();
+}
+
+const AttentionPlanPtr& Gpt::attention_plan(int64_t layer, int64_t batch, int64_t t_len, int64_t offset) {
+  const int64_t window = config_.window(layer);
+  const std::array<int64_t, 4> key = {batch, t_len, offset, window};
+  const auto found = plans_.find(key);
+  if (found != plans_.end()) return found->second;
+  // Decoding asks for new ones all the time. Those that somebody else holds stay: a recorded step may use
+  // them.
+  constexpr size_t kPlans = 16;
+  if (plans_.size() >= kPlans)
+    std::erase_if(plans_, [](const auto& entry) { return entry.second.use_count() == 1; });
+
+  AttentionShape shape{.batch = batch,
+                       .q_len = t_len,
+                       .kv_len = offset + t_len,
+                       .n_head = config_.n_head,
+                       .n_kv_head = config_.n_kv_head,
+                       .head_dim = config_.head_dim()};
+  if (offset > 0) shape.q_offsets.assign(static_cast<size_t>(batch), offset);
+  AttentionSpec spec;
+  spec.scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
+  if (attention_path_ == AttentionPath::sdpa) {
+    spec.causal = true;
+    spec.window = window;
+  } else {
+    // A window of w shows i - j <= w: the token itself and w before it.
+    const auto [mask, is_new] = window_masks_.try_emplace(window, flex::causal());
+    if (is_new && window >= 0) mask->second = flex::causal() && flex::window(window + 1);
+    spec.mask = mask->second;
+  }
+  return plans_[key] = backend_.plan_attention(shape, spec, attention_kernel_);
+}
+
+std::vector<AttentionPlanPtr> Gpt::attention_plans() const {
+  std::vector<AttentionPlanPtr> plans;
+  for (const auto& [key, plan] : plans_) plans.push_back(plan);
+  return plans;
+}
+
 Var Gpt::attend(Tape& tape, int64_t layer, const Var& qkv, int64_t batch, KvCache* cache) {
-  AttentionShape s;
-  s.batch = batch;
-  s.q_len = s.kv_len = qkv->value.dim(0) / batch;
-  s.n_head = config_.n_head;
-  s.n_kv_head = config_.n_kv_head;
-  s.head_dim = config_.head_dim();
-  s.window = config_.window(layer);
-  s.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
-  if (!cache) return attention(tape, qkv, s);
+  const int64_t t_len = qkv->value.dim(0) / batch;
+  const AttentionPlanPtr& plan = attention_plan(layer, batch, t_len, cache ? cache->length : 0);
+  if (!cache) return attention(tape, qkv, plan);
 
   const auto& [k, v] = cache->layers[static_cast<size_t>(layer)];
-  const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
-  const Tensor rows = qkv->value.reshape({batch, s.q_len, qkv->value.dim(1)});
+  const int64_t q_width = config_.n_head * config_.head_dim(),
+                kv_width = config_.n_kv_head * config_.head_dim();
+  const Tensor rows = qkv->value.reshape({batch, t_len, qkv->value.dim(1)});
   const int64_t at = cache->length * kv_width;
-  backend_.copy_rows(batch, s.q_len, kv_width, heads_view(rows, q_width), heads_view(k, at));
-  backend_.copy_rows(batch, s.q_len, kv_width, heads_view(rows, q_width + kv_width), heads_view(v, at));
-  s.q_offset = cache->length;
-  s.kv_len = cache->length + s.q_len;
-  return cached_attention(tape, qkv, k, v, s);
+  backend_.copy_rows(batch, t_len, kv_width, heads_view(rows, q_width), heads_view(k, at));
+  backend_.copy_rows(batch, t_len, kv_width, heads_view(rows, q_width + kv_width), heads_view(v, at));
+  return cached_attention(tape, qkv, k, v, plan);
 }
 
 Var Gpt::last_position(const Var& x, int64_t batch) const {
@@ -121,14 +177,9 @@ Var Gpt::last_position(const Var& x, int64_t batch) const {
 Tensor Gpt::nll(Tape& tape, const Tensor& ids, const Tensor& targets, double weight) {
   check(ids.shape() == targets.shape() && ids.rank() == 2, "ids {} and targets {} must both be (B, T)",
         shape_string(ids.shape()), shape_string(targets.shape()));
-  for (int64_t i = 0; i < targets.numel(); ++i) {
-    if (targets.as<int32_t>()[i] >= config_.vocab_size) {
-      fail("target {} at position {} is outside the vocabulary of {}", targets.as<int32_t>()[i], i,
-           config_.vocab_size);
-    }
-  }
-  const Var h = trunk(tape, ids, nullptr, false);
-  return linear_cross_entropy(tape, h, lm_head_, targets, config_.vocab_size, kSoftcap, weight);
+  const Tensor checked_targets = checked_ids(targets, kAnyNegative, "target");
+  const Var h = trunk(tape, checked_ids(ids, 0, "token id"), nullptr, false);
+  return linear_cross_entropy(tape, h, lm_head_, checked_targets, config_.vocab_size, kSoftcap, weight);
 }
 
 Tensor Gpt::logits(const Tensor& ids, KvCache* cache, bool last_only) {
@@ -138,7 +189,7 @@ Tensor Gpt::logits(const Tensor& ids, KvCache* cache, bool last_only) {
           "{} more tokens do not fit a cache of {} that holds {}", ids.dim(1), cache->max_len, cache->length);
   }
   Tape tape(backend_, false);
-  const Var h = trunk(tape, ids, cache, last_only);
+  const Var h = trunk(tape, checked_ids(ids, 0, "token id"), cache, last_only);
   const Tensor z = head_logits(tape, h, lm_head_, config_.vocab_size, kSoftcap);
   return z.reshape({ids.dim(0), last_only ? 1 : ids.dim(1), config_.vocab_size});
 }

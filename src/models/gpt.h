@@ -2,7 +2,9 @@
 // chunk decode and single-token decode. Parameters carry the reference systems' state-dict names.
 #pragma once
 
+#include <array>
 #include <functional>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -26,6 +28,10 @@ struct KvCache {
       previous_embedding;  // modern: (B, C), the last token's embedding before smear; undefined at the start
 };
 
+// The two ways to the same causal (windowed) attention: with the mask that every kernel has built in, or with
+// the mask as an expression.
+enum class AttentionPath : uint8_t { sdpa, flex };
+
 class Gpt {
  public:
   // Weights are uninitialised until init_weights or load. `compute` is the dtype of activations; on the
@@ -38,7 +44,8 @@ class Gpt {
   Backend& backend() const { return backend_; }
   DType compute_dtype() const { return compute_; }
 
-  // In state-dict order. After changing a value call weights_changed().
+  // In state-dict order. After changing a value call weights_changed(), unless its compute copy changed too
+  // (an Optimizer does that).
   std::vector<Parameter>& parameters() { return parameters_; }
   const Parameter& parameter(const std::string& name) const;
   void weights_changed();
@@ -49,16 +56,26 @@ class Gpt {
   // Takes every parameter from `lookup(name, shape)`, a tensor of that shape in host memory.
   void load(const std::function<Tensor(const std::string&, const Shape&)>& lookup);
 
-  // Negative log-likelihood of each token, (B*T) master, for ids and targets (B, T) i32. A recording tape
-  // also forms the gradients of weight * sum(nll); run tape.backward() to finish them. Targets below 0 are
-  // ignored.
+  // Negative log-likelihood of each token, (B*T) master, for ids and targets (B, T) i32, in host memory
+  // (where they are checked) or on the device. A recording tape also forms the gradients of weight *
+  // sum(nll); run tape.backward() to finish them. Targets below 0 are ignored.
   Tensor nll(Tape& tape, const Tensor& ids, const Tensor& targets, double weight);
+
+  // Error: an id or target in host memory outside the vocabulary; targets below 0 are fine.
+  void check_ids(const Tensor& ids, const Tensor& targets) const;
 
   // Logits after the softcap, (B, T, V) master, or (B, 1, V) of the last position only. With a cache the ids
   // continue what it holds, and it grows by T.
   Tensor logits(const Tensor& ids, KvCache* cache = nullptr, bool last_only = false);
 
   KvCache make_cache(int64_t batch, int64_t max_len) const;
+
+  // How attention runs from now on, in training, prefill, chunks and decode alike. `kernel` is "auto" or one
+  // of the backend's attention_kernels(). Both paths give the same result up to rounding.
+  void set_attention(AttentionPath path, const std::string& kernel = "auto");
+  // The plans in use. As long as somebody holds one, calls of its sizes keep using it.
+  std::vector<AttentionPlanPtr> attention_plans() const;
+  AttentionPath attention_path() const { return attention_path_; }
 
   // Activation checkpointing of every block: less memory, the same bits (see Tape::checkpoint).
   void set_checkpoint_activations(bool on) { checkpoint_activations_ = on; }
@@ -75,20 +92,31 @@ class Gpt {
 
   void build_parameters();
   Weight make_weight(const std::string& name, Shape shape);
-  void add_parameter(const std::string& name, const Tensor& value, const Tensor& grad);
+  // Rows [row, row + rows) of a weight.
+  void add_parameter(const std::string& name, const Weight& weight, int64_t row, int64_t rows);
   void for_each_weight(const std::function<void(Weight&)>& fn);
   void build_rope_tables();
 
+  // The ids where the device reads them. Those in host memory are checked to be in [least, vocab_size);
+  // whoever passes device memory has checked them.
+  Tensor checked_ids(const Tensor& ids, int64_t least, const char* what) const;
   // ids -> the trunk's normed output (N, C), or of the last position only.
   Var trunk(Tape& tape, const Tensor& ids, KvCache* cache, bool last_only);
   Var block(Tape& tape, int64_t layer, const Var& x, const Var& x0, const Tensor& ids, KvCache* cache);
   Var attend(Tape& tape, int64_t layer, const Var& qkv, int64_t batch, KvCache* cache);
   Var last_position(const Var& x, int64_t batch) const;
+  // The plan of a layer for `t_len` tokens behind `offset` others. Layers with the same window share one, and
+  // so do steps for as long as sizes stay the same.
+  const AttentionPlanPtr& attention_plan(int64_t layer, int64_t batch, int64_t t_len, int64_t offset);
 
   GptConfig config_;
   Backend& backend_;
   DType compute_;
   bool checkpoint_activations_ = false;
+  AttentionPath attention_path_ = AttentionPath::sdpa;
+  std::string attention_kernel_ = "auto";
+  std::map<std::array<int64_t, 4>, AttentionPlanPtr> plans_;  // by batch, tokens, offset and window
+  std::map<int64_t, flex::Expr> window_masks_;                // the flex path's, by window
   std::vector<Parameter> parameters_;
   Weight wte_, lm_head_;
   Weight resid_lambdas_, x0_lambdas_, smear_lambda_, backout_lambda_, smear_gate_;  // modern

@@ -19,50 +19,30 @@ bool ends_with(const std::string& name, std::string_view suffix) {
          name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
 
-// How one element of a parameter is drawn.
-struct Init {
-  enum Kind { constant, normal, uniform } kind = constant;
-  double a = 0, b = 0;  // constant a; normal mean a, deviation b; uniform [a, b)
-};
-
-Init classic_init(const std::string& name, const Shape& shape) {
-  if (ends_with(name, "wte.weight")) return {Init::normal, 0, 1};
+Distribution classic_init(const std::string& name, const Shape& shape) {
+  if (ends_with(name, "wte.weight")) return {Distribution::normal, 0, 1};
   if (ends_with(name, "c_proj.weight") || name == "lm_head.weight") return {};
   const auto out = static_cast<double>(shape[0]), in = static_cast<double>(shape[1]);
-  return {Init::normal, 0, std::min(1.0, std::sqrt(out / in)) / std::sqrt(in)};
+  return {Distribution::normal, 0, std::min(1.0, std::sqrt(out / in)) / std::sqrt(in)};
 }
 
-Init modern_init(const std::string& name, int64_t n_embd) {
+Distribution modern_init(const std::string& name, int64_t n_embd) {
   const double s = std::sqrt(3.0) / std::sqrt(static_cast<double>(n_embd));
-  if (ends_with(name, "wte.weight")) return {Init::normal, 0, 0.8};
-  if (name == "lm_head.weight") return {Init::normal, 0, 0.001};
+  if (ends_with(name, "wte.weight")) return {Distribution::normal, 0, 0.8};
+  if (name == "lm_head.weight") return {Distribution::normal, 0, 0.001};
   if (ends_with(name, "c_proj.weight") || name == "smear_lambda") return {};
-  if (name == "backout_lambda") return {Init::constant, 0.2, 0};
-  if (ends_with(name, "gate.weight")) return {Init::uniform, 0, 0.02};
-  if (ends_with(name, "c_fc.weight")) return {Init::uniform, -0.4 * s, 0.4 * s};
-  return {Init::uniform, -s, s};  // c_q, c_k, c_v, value_embeds
-}
-
-void draw(const Init& init, Rng rng, const Tensor& out) {
-  for (int64_t i = 0; i < out.numel(); ++i) {
-    switch (init.kind) {
-      case Init::constant:
-        out.set(i, init.a);
-        break;
-      case Init::normal:
-        out.set(i, init.a + init.b * rng.normal());
-        break;
-      case Init::uniform:
-        out.set(i, init.a + (init.b - init.a) * rng.uniform());
-        break;
-    }
-  }
+  if (name == "backout_lambda") return {Distribution::constant, 0.2, 0};
+  if (ends_with(name, "gate.weight")) return {Distribution::uniform, 0, 0.02};
+  if (ends_with(name, "c_fc.weight")) return {Distribution::uniform, -0.4 * s, 0.4 * s};
+  return {Distribution::uniform, -s, s};  // c_q, c_k, c_v, value_embeds
 }
 
 }  // namespace
 
-void Gpt::add_parameter(const std::string& name, const Tensor& value, const Tensor& grad) {
-  parameters_.push_back({name, value, grad});
+void Gpt::add_parameter(const std::string& name, const Weight& weight, int64_t row, int64_t rows) {
+  const bool copied = weight.compute.data() != weight.value.data();
+  parameters_.push_back({name, weight.value.rows(row, rows), weight.grad.rows(row, rows),
+                         copied ? weight.compute.rows(row, rows) : Tensor()});
 }
 
 Weight Gpt::make_weight(const std::string& name, Shape shape) {
@@ -70,7 +50,7 @@ Weight Gpt::make_weight(const std::string& name, Shape shape) {
   w.value = backend_.zeros(shape, backend_.master_dtype());
   w.grad = backend_.zeros(shape, backend_.master_dtype());
   w.compute = compute_ == backend_.master_dtype() ? w.value : backend_.zeros(shape, compute_);
-  if (!name.empty()) add_parameter(name, w.value, w.grad);
+  if (!name.empty()) add_parameter(name, w, 0, w.value.dim(0));
   return w;
 }
 
@@ -93,7 +73,7 @@ void Gpt::build_parameters() {
     for (const auto& [name, rows] :
          {std::pair{"attn.c_q.weight", q_rows}, std::pair{"attn.c_k.weight", kv_rows},
           std::pair{"attn.c_v.weight", kv_rows}}) {
-      add_parameter(layer_name(i, name), block.qkv.value.rows(row, rows), block.qkv.grad.rows(row, rows));
+      add_parameter(layer_name(i, name), block.qkv, row, rows);
       row += rows;
     }
     block.c_proj = make_weight(layer_name(i, "attn.c_proj.weight"), {c, q_rows});
@@ -171,20 +151,20 @@ void Gpt::init_weights(uint64_t seed) {
   uint64_t stream = 0;
   const auto last = static_cast<double>(std::max<int64_t>(config_.n_layer - 1, 1));
   for (Parameter& p : parameters_) {
-    const Tensor host(host_arena(), p.value.shape(), DType::f64);
     if (p.name == "resid_lambdas" || p.name == "x0_lambdas") {
       const bool resid = p.name[0] == 'r';
+      const Tensor host(host_arena(), p.value.shape(), DType::f64);
       for (int64_t i = 0; i < host.numel(); ++i) {
         host.set(i, resid ? 1.15 - 0.10 * static_cast<double>(i) / last
                           : 0.20 - 0.15 * static_cast<double>(i) / last);
       }
+      backend_.copy(host, p.value);
     } else {
-      const Init init = config_.arch == Arch::modern ? modern_init(p.name, config_.n_embd)
-                                                     : classic_init(p.name, host.shape());
-      draw(init, Rng(seed, stream), host);
+      const Distribution init = config_.arch == Arch::modern ? modern_init(p.name, config_.n_embd)
+                                                             : classic_init(p.name, p.value.shape());
+      backend_.draw(init, seed, stream, p.value);
     }
     ++stream;
-    backend_.copy(host, p.value);
   }
   weights_changed();
 }

@@ -6,10 +6,6 @@
 namespace flexchat {
 namespace {
 
-// Rows of a chunk of the MLP: bounds its temporaries and keeps its hidden values, 4*C each, near the cores.
-// Sizes from 256 to 4096 measured within a few percent of each other.
-constexpr int64_t kMlpRows = 1024;
-
 void check_product(const Tensor& x, const Weight& weight) {
   if (x.rank() == 2 && weight.value.rank() == 2 && x.dim(1) == weight.value.dim(1)) return;
   fail("linear: input {} does not fit weight {} (out, in)", shape_string(x.shape()),
@@ -64,24 +60,24 @@ void mlp_add(Tape& tape, const Var& x, const Var& h, const Weight& fc, const Wei
         shape_string(proj.value.shape()), shape_string(fc.value.shape()));
   check_residual(x->value, h->value, proj);
   Backend& backend = tape.backend();
-  const int64_t n = h->value.dim(0), hidden = fc.value.dim(0);
+  const int64_t n = h->value.dim(0), hidden = fc.value.dim(0), chunk = backend.chunk_rows();
   const DType dtype = h->value.dtype();
   Tensor u;  // (N, hidden), kept for backward
   if (tape.recording()) u = backend.empty({n, hidden}, dtype);
-  for (int64_t begin = 0; begin < n; begin += kMlpRows) {
-    const int64_t rows = std::min(kMlpRows, n - begin);
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t rows = std::min(chunk, n - begin);
     const Tensor a = backend.empty({rows, hidden}, dtype), uc = tape.recording() ? u.rows(begin, rows) : a;
     backend.matmul(h->value.rows(begin, rows), Trans::no, fc.compute, Trans::yes, 0, uc);
     backend.relu_squared(uc, a);
     backend.matmul(a, Trans::no, proj.compute, Trans::yes, 1, x->value.rows(begin, rows));
   }
   if (!tape.recording()) return;
-  tape.record([&backend, x, h, u, &fc, &proj] {
+  tape.record([&backend, x, h, u, chunk, &fc, &proj] {
     bool accumulate = false;
     const Tensor& dh = grad_of(backend, h, &accumulate);
     const int64_t n_rows = u.dim(0);
-    for (int64_t begin = 0; begin < n_rows; begin += kMlpRows) {
-      const int64_t rows = std::min(kMlpRows, n_rows - begin);
+    for (int64_t begin = 0; begin < n_rows; begin += chunk) {
+      const int64_t rows = std::min(chunk, n_rows - begin);
       const Tensor dx = x->grad.rows(begin, rows), uc = u.rows(begin, rows);
       const Tensor du = backend.empty(uc.shape(), uc.dtype());
       backend.matmul(dx, Trans::no, proj.compute, Trans::no, 0, du);

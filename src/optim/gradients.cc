@@ -2,20 +2,38 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <utility>
 
+#include "backend/update_rates.h"
 #include "base/error.h"
 #include "checkpoint/state_json.h"
 
 namespace flexchat {
 
-double clip_gradient_norm(Backend& backend, const std::vector<Parameter*>& params, double max_norm) {
-  double squares = 0;
-  for (const Parameter* param : params) squares += backend.sum_squares(param->grad);
-  const double norm = std::sqrt(squares);
-  const double factor = max_norm / (norm + 1e-6);
-  if (max_norm <= 0 || !std::isfinite(norm) || factor >= 1) return norm;
+namespace {
+
+GradientRates measure(Backend& backend, const std::vector<Parameter*>& params, const GradientRates& limits) {
+  std::vector<UpdateSlot> slots(params.size());
+  for (size_t i = 0; i < params.size(); ++i) slots[i].grad = params[i]->grad;
+  const Tensor host(host_arena(), {1, kRatesPerRow}, DType::f64);
+  *host.as<GradientRates>() = limits;
+  const Tensor rates = backend.clone(host);
+  backend.grad_norm(*backend.plan_update(std::move(slots)), rates);
+  backend.copy(rates, host);
+  return *host.as<GradientRates>();
+}
+
+void multiply(Backend& backend, const std::vector<Parameter*>& params, double factor) {
+  if (factor == 1) return;
   for (const Parameter* param : params) backend.axpby(factor, param->grad, 0, param->grad);
-  return norm;
+}
+
+}  // namespace
+
+double clip_gradient_norm(Backend& backend, const std::vector<Parameter*>& params, double max_norm) {
+  const GradientRates found = measure(backend, params, {.max_norm = max_norm});
+  if (found.skip == 0) multiply(backend, params, found.factor);
+  return found.norm;
 }
 
 LossScaler::LossScaler(double initial_scale, double growth, double backoff, int64_t growth_interval)
@@ -30,11 +48,9 @@ LossScaler::LossScaler(double initial_scale, double growth, double backoff, int6
 }
 
 bool LossScaler::unscale(Backend& backend, const std::vector<Parameter*>& params) const {
-  for (const Parameter* param : params) {
-    if (backend.first_nonfinite(param->grad) >= 0) return false;
-    backend.axpby(1 / scale_, param->grad, 0, param->grad);
-  }
-  return true;
+  const GradientRates found = measure(backend, params, {.unscale = 1 / scale_});
+  if (found.skip == 0) multiply(backend, params, found.factor);
+  return found.skip == 0;
 }
 
 void LossScaler::update(bool finite) {

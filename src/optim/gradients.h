@@ -1,5 +1,6 @@
 // What happens to gradients between backward and the optimizer: the global norm limit, and the loss scale
-// that keeps f16 gradients in range.
+// that keeps f16 gradients in range. Here for the host, changing the gradients in memory; an Optimizer does
+// both on the device while it reads them (GradientLimits).
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@ namespace flexchat {
 // max_norm <= 0, or a norm that is NaN or infinite: gradients stay as they are. Returns the norm before.
 double clip_gradient_norm(Backend& backend, const std::vector<Parameter*>& params, double max_norm);
 
-// The loss is multiplied by scale() before backward; unscale() divides the gradients again and tells whether
-// they are all finite; the optimizer steps only then; update() follows in either case.
+// The loss is multiplied by scale() before backward; the gradients are divided again, by unscale() or by the
+// optimizer; it steps only if they are all finite; update() follows in either case.
 class LossScaler {
  public:
   explicit LossScaler(double initial_scale = 65536, double growth = 2, double backoff = 0.5,

@@ -1,12 +1,13 @@
 #include "optim/optimizer.h"
 
 #include <cmath>
+#include <cstring>
+#include <iterator>
 #include <map>
 #include <string_view>
 
 #include "base/error.h"
 #include "optim/adamw.h"
-#include "optim/muon.h"
 
 namespace flexchat {
 namespace {
@@ -92,6 +93,9 @@ Optimizer::Optimizer(Backend& backend, const std::vector<Parameter*>& params, co
   }
   for (auto& [shape, group] : matrices) groups_.push_back(std::move(group));
   std::erase_if(groups_, [](const OptimizerGroup& group) { return group.slots.empty(); });
+  const Shape shape = {std::ssize(groups_) + 1, kRatesPerRow};
+  host_rates_ = Tensor::zeros(host_arena(), shape, DType::f64);
+  rates_ = backend.zeros(shape, DType::f64);
 }
 
 void Optimizer::add_slot(OptimizerGroup& group, Parameter* param) {
@@ -107,27 +111,109 @@ void Optimizer::add_slot(OptimizerGroup& group, Parameter* param) {
   group.slots.push_back(std::move(slot));
 }
 
-void Optimizer::step(double lr_multiplier, double muon_momentum, double muon_weight_decay) {
-  check(config_.arch == Arch::modern || muon_weight_decay == 0,
-        "classic Muon has no weight decay; it cannot use {}", muon_weight_decay);
-  for (const OptimizerGroup& group : groups_) {
-    for (const OptimizerSlot& slot : group.slots) check_gradient(*slot.param);  // all or nothing
+std::vector<UpdateSlot> Optimizer::group_slots(size_t index) const {
+  const OptimizerGroup& group = groups_[index];
+  const auto row = static_cast<int64_t>(index) + 1;
+  std::vector<UpdateSlot> slots;
+  for (const OptimizerSlot& slot : group.slots) {
+    slots.push_back(group.muon ? muon_slot(config_.arch, *slot.param, slot.first, slot.second, row)
+                               : adamw_slot(*slot.param, slot.first, slot.second, row));
   }
-  ++steps_;
+  return slots;
+}
+
+bool Optimizer::plans_are_current() const {
+  if (plans_.all == nullptr) return false;
+  const auto same = [](const Tensor& a, const Tensor& b) {
+    return a.data() == b.data() && a.shape() == b.shape() && a.dtype() == b.dtype();
+  };
+  size_t at = 0;
   for (const OptimizerGroup& group : groups_) {
-    const double lr = group.lr * lr_multiplier;
-    const AdamWStep adamw_step = {lr, group.beta1, group.beta2, group.eps, group.weight_decay, steps_};
-    const MuonStep muon_step = {lr, muon_momentum, group.beta2, muon_weight_decay, config_.muon_dtype};
     for (const OptimizerSlot& slot : group.slots) {
-      if (!group.muon) {
-        adamw(backend_, adamw_step, *slot.param, slot.first, slot.second);
-      } else if (config_.arch == Arch::classic) {
-        classic_muon(backend_, muon_step, *slot.param, slot.first);
-      } else {
-        modern_muon(backend_, muon_step, *slot.param, slot.first, slot.second);
+      const UpdateSlot& planned = plans_.all->slots()[at++];
+      const Parameter& param = *slot.param;
+      if (!same(planned.value, param.value) || !same(planned.grad, param.grad) ||
+          !same(planned.compute, param.compute)) {
+        return false;
       }
     }
   }
+  return true;
+}
+
+void Optimizer::prepare() {
+  if (plans_are_current()) return;
+  std::vector<UpdateSlot> all, adamw;
+  std::map<Shape, std::vector<UpdateSlot>> matrices;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    for (UpdateSlot& slot : group_slots(i)) {
+      all.push_back(slot);
+      (groups_[i].muon ? matrices[slot.value.shape()] : adamw).push_back(std::move(slot));
+    }
+  }
+  Plans plans;
+  plans.all = backend_.plan_update(std::move(all));
+  if (!adamw.empty()) plans.adamw = backend_.plan_update(std::move(adamw));
+  const int64_t stack_bytes = backend_.arena().host() ? 0 : config_.muon_stack_bytes;
+  for (auto& [shape, slots] : matrices) {
+    plans.muon.emplace_back(backend_, config_.arch, config_.muon_dtype, std::move(slots), stack_bytes);
+  }
+  plans_ = std::move(plans);
+}
+
+void Optimizer::set_rates(double lr_multiplier, double muon_momentum, double muon_weight_decay,
+                          const GradientLimits& limits) {
+  check(config_.arch == Arch::modern || muon_weight_decay == 0,
+        "classic Muon has no weight decay; it cannot use {}", muon_weight_decay);
+  check(limits.loss_scale > 0, "the loss scale is {}; it must be above 0", limits.loss_scale);
+  prepare();
+  ++steps_;
+  result_read_ = false;
+  auto* row = host_rates_.as<double>();
+  const auto write = [&row](const auto& rates) {
+    std::memcpy(row, &rates, sizeof(rates));
+    row += kRatesPerRow;
+  };
+  GradientRates gradients;
+  gradients.unscale = 1 / limits.loss_scale;
+  gradients.max_norm = limits.max_norm;
+  write(gradients);
+  for (const OptimizerGroup& group : groups_) {
+    const double lr = group.lr * lr_multiplier;
+    if (group.muon) {
+      write(MuonRates{lr, muon_momentum, group.beta2, muon_weight_decay});
+    } else {
+      write(adamw_rates({lr, group.beta1, group.beta2, group.eps, group.weight_decay, steps_}));
+    }
+  }
+  backend_.copy(host_rates_, rates_);
+}
+
+void Optimizer::update() {
+  backend_.grad_norm(*plans_.all, rates_);
+  if (plans_.adamw) backend_.adamw(*plans_.adamw, rates_);
+  for (const Muon& muon : plans_.muon) muon.update(rates_);
+}
+
+void Optimizer::step(double lr_multiplier, double muon_momentum, double muon_weight_decay,
+                     const GradientLimits& limits) {
+  set_rates(lr_multiplier, muon_momentum, muon_weight_decay, limits);
+  update();
+}
+
+Optimizer::Result Optimizer::result() {
+  const Tensor row(host_arena(), {1, kRatesPerRow}, DType::f64);
+  backend_.copy(rates_.rows(0, 1), row);
+  const GradientRates& found = *row.as<GradientRates>();
+  const bool skipped = found.skip != 0;
+  if (skipped && !result_read_) --steps_;
+  result_read_ = true;
+  return {found.norm, skipped};
+}
+
+void Optimizer::zero_grad() {
+  prepare();
+  backend_.zero_grads(*plans_.all);
 }
 
 void Optimizer::set_lr(double lr) {

@@ -5,10 +5,14 @@
 //   one
 //            group per shape, shapes ascending
 // The same parameters, gradients, rates and state give the same bits.
+//
+// An update is kernels only: rates lie in the backend's memory, so that a captured graph of a training step
+// can be replayed with new ones, and whether to skip it is decided on the device.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +20,7 @@
 #include "backend/backend.h"
 #include "grad/parameter.h"
 #include "models/config.h"
+#include "optim/muon.h"
 
 namespace flexchat {
 
@@ -29,6 +34,8 @@ struct OptimizerConfig {
   double adamw_weight_decay = 0;  // classic: lm_head and wte; modern has constants in its table
   // Of Muon's iterations: the backend's master dtype, or bf16 where that is f32.
   DType muon_dtype = DType::bf16;
+  // Temporaries of Muon on a device. In host memory matrices are worked through one by one, for caches.
+  int64_t muon_stack_bytes = int64_t{512} << 20;
 
   // The rates a base training run starts from: the member defaults for classic; for modern embedding 0.3,
   // unembedding 0.008.
@@ -46,8 +53,14 @@ struct OptimizerGroup {
   bool muon = false;
   double lr = 0;  // before the schedule's multiplier
   double beta1 = 0, beta2 = 0, eps = 0;
-  double weight_decay = 0;  // AdamW; Muon's is an argument of step()
+  double weight_decay = 0;  // AdamW; Muon's is an argument of set_rates()
   std::vector<OptimizerSlot> slots;
+};
+
+// What an update makes of the gradients before it uses them.
+struct GradientLimits {
+  double max_norm = 0;    // gradients whose norm is above are scaled down to it; none when <= 0
+  double loss_scale = 1;  // they are divided by it first
 };
 
 class Optimizer {
@@ -56,8 +69,24 @@ class Optimizer {
   // group takes, none at all, or a muon_dtype the backend cannot iterate in.
   Optimizer(Backend& backend, const std::vector<Parameter*>& params, const OptimizerConfig& config);
 
-  // One update of every parameter from its gradient. muon_weight_decay: modern only, 0 for classic.
-  void step(double lr_multiplier, double muon_momentum, double muon_weight_decay);
+  // Begins the next step: writes its rates to the device and makes ready what update() launches. Not for
+  // capture. Errors: a parameter without a fitting gradient, a classic muon_weight_decay other than 0.
+  void set_rates(double lr_multiplier, double muon_momentum, double muon_weight_decay,
+                 const GradientLimits& limits = {});
+  // One update of every parameter and its compute copy from its gradient, with the latest rates. Kernels
+  // only. Gradients whose norm is NaN or infinite change nothing at all: see result().
+  void update();
+  // Both.
+  void step(double lr_multiplier, double muon_momentum, double muon_weight_decay,
+            const GradientLimits& limits = {});
+  // What the latest update found. Waits for the device. A skipped step is not counted.
+  struct Result {
+    double grad_norm = 0;  // over all parameters, divided by the loss scale, before max_norm
+    bool skipped = false;
+  };
+  Result result();
+  // Every gradient becomes 0, in one launch where the device can. Kernels only after the first set_rates().
+  void zero_grad();
   int64_t steps_done() const { return steps_; }
 
   // Groups in the order above; rates and constants may be changed between steps.
@@ -77,12 +106,23 @@ class Optimizer {
   void clear_state();
 
  private:
+  // The slots of all groups with tables on the device, for parameters as they are.
+  struct Plans {
+    std::shared_ptr<const UpdatePlan> all, adamw;  // adamw: null when there is none
+    std::vector<Muon> muon;                        // one for each shape
+  };
   void add_slot(OptimizerGroup& group, Parameter* param);
+  std::vector<UpdateSlot> group_slots(size_t group) const;
+  void prepare();  // builds plans_ when there are none or a parameter's tensors are others
+  bool plans_are_current() const;
 
   Backend& backend_;
   OptimizerConfig config_;
   std::vector<OptimizerGroup> groups_;
-  int64_t steps_ = 0;
+  Plans plans_;
+  Tensor rates_, host_rates_;  // (1 + groups, kRatesPerRow) f64: see backend/update_rates.h
+  int64_t steps_ = 0;          // set_rates() calls whose updates were not found to be skipped
+  bool result_read_ = true;    // of the latest step
 };
 
 }  // namespace flexchat

@@ -21,8 +21,9 @@ double bits_per_byte(Gpt& model, ValLoader& loader, const std::vector<int32_t>& 
   do {
     const Batch& batch = loader.next();
     Tape tape(model.backend(), false);
-    const Tensor nll = model.nll(tape, batch_tensor(batch.inputs, batch.batch_size, batch.sequence_len),
-                                 batch_tensor(batch.targets, batch.batch_size, batch.sequence_len), 1.0);
+    const Tensor nll = model.backend().to_host(
+        model.nll(tape, batch_tensor(batch.inputs, batch.batch_size, batch.sequence_len),
+                  batch_tensor(batch.targets, batch.batch_size, batch.sequence_len), 1.0));
     batch_tokens = nll.numel();
     for (int64_t i = 0; i < batch_tokens; ++i) {
       const int32_t target = batch.targets[static_cast<size_t>(i)];

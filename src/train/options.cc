@@ -3,11 +3,8 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "base/parallel.h"
 
 namespace flexchat {
-
-TrainOptions::TrainOptions() : threads(num_threads()) {}
 
 void TrainOptions::declare(Options& o) {
   const char* group = "Data";
@@ -68,12 +65,12 @@ void TrainOptions::declare(Options& o) {
   add("--ordinal-restarts", &ordinal.restarts, "ordinal schedule: restarts").at_least(0);
 
   group = "Execution";
-  add("--device", &device, "where to compute").choices({"cpu", "reference"});
-  add("--dtype", &dtype, "compute dtype; weights and optimizer stay f32").choices({"f32", "bf16", "f16"});
-  add("--threads", &threads, "CPU threads").at_least(1);
+  compute.declare(o, group);
   add("--seed", &seed, "of the initial weights").at_least(0);
   add("--checkpoint-activations", &checkpoint_activations,
       "recompute blocks in backward: less memory, same bits");
+  add("--cuda-graph", &cuda_graph,
+      "on CUDA record a step's kernels once and replay them: same bits, less waiting");
 
   group = "Run";
   add("--run-id", &run_id, "name of the run folder (default: time and a random word)").not_recorded();
@@ -118,12 +115,12 @@ OptimizerConfig TrainOptions::optimizer_config(const GptConfig& config) const {
   c.matrix_lr = matrix_lr.value_or(c.matrix_lr);
   c.scalar_lr = scalar_lr.value_or(c.scalar_lr);
   if (config.arch == Arch::classic) c.adamw_weight_decay = weight_decay.value_or(0);
-  if (device == "reference") {
+  if (compute.compute_dtype() == DType::f64) {
     c.muon_dtype = DType::f64;
   } else if (muon_dtype != "auto") {
     c.muon_dtype = parse_dtype(muon_dtype);
   } else {
-    c.muon_dtype = compute_dtype() == DType::bf16 ? DType::bf16 : DType::f32;
+    c.muon_dtype = compute.compute_dtype() == DType::bf16 ? DType::bf16 : DType::f32;
   }
   return c;
 }
@@ -138,11 +135,9 @@ BaseSchedule TrainOptions::base_schedule(const GptConfig& config, int64_t iterat
 
 double TrainOptions::clip_norm() const { return grad_clip.value_or(arch == "classic" ? 1.0 : 0.0); }
 
-DType TrainOptions::compute_dtype() const { return device == "reference" ? DType::f64 : parse_dtype(dtype); }
-
 const std::vector<std::string>& TrainOptions::resumable_keys() {
-  static const std::vector<std::string> keys = {"eval_every", "eval_tokens", "sample_every", "save_every",
-                                                "keep"};
+  static const std::vector<std::string> keys = {"eval_every", "eval_tokens", "sample_every",
+                                                "save_every", "keep",        "cuda_graph"};
   return keys;
 }
 

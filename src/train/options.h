@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/device_options.h"
 #include "base/options.h"
 #include "models/config.h"
 #include "optim/budget.h"
@@ -38,10 +39,10 @@ struct TrainOptions {
   std::string muon_dtype = "auto";
   OrdinalOptions ordinal;
   // execution
-  std::string device = "cpu", dtype = "f32";
-  int64_t threads = 1;
+  DeviceOptions compute;
   int64_t seed = 42;
   bool checkpoint_activations = false;
+  bool cuda_graph = true;
   // evaluation and checkpoints
   int64_t eval_every = 250, sample_every = 500, save_every = 250, keep = 2;
   std::optional<int64_t> eval_tokens;
@@ -50,7 +51,6 @@ struct TrainOptions {
   bool resume = false;
   std::optional<int64_t> stop_after;
 
-  TrainOptions();
   void declare(Options& o);
 
   // What the options mean together; each throws Error with one line when they don't fit.
@@ -59,7 +59,6 @@ struct TrainOptions {
   OptimizerConfig optimizer_config(const GptConfig& config) const;
   BaseSchedule base_schedule(const GptConfig& config, int64_t iterations) const;
   double clip_norm() const;  // 0: none
-  DType compute_dtype() const;
 
   // Options that a resumed run may change without becoming another run.
   static const std::vector<std::string>& resumable_keys();

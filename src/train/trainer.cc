@@ -49,14 +49,17 @@ Trainer::Trainer(const TrainOptions& options, const GptConfig& config, Tokenizer
       tokenizer_(std::move(tokenizer)),
       record_(record),
       run_(std::move(run)),
-      backend_(make_backend(options.device)),
-      model_(config, *backend_, options.compute_dtype()),
+      backend_(options.compute.open()),
+      model_(config, *backend_, options.compute.compute_dtype()),
       parameters_(pointers(model_)),
       budget_(make_budget(config, options.budget_options(), {options.aspect_ratio, options.head_dim})),
       schedule_(options.base_schedule(config, budget_.num_iterations)),
       optimizer_(*backend_, parameters_, options.optimizer_config(config)),
+      accumulation_(
+          grad_accum_steps(budget_.total_batch_size, options.device_batch_size, options.sequence_len)),
+      step_work_(model_, optimizer_, options.device_batch_size, options.sequence_len, accumulation_,
+                 options.cuda_graph),
       token_bytes_(tokenizer_.token_bytes()) {
-  accumulation_ = grad_accum_steps(budget_.total_batch_size, options.device_batch_size, options.sequence_len);
   model_.set_checkpoint_activations(options.checkpoint_activations);
   for (OptimizerGroup& group : optimizer_.groups()) group.lr *= budget_.lr_factor;
   if (options.schedule == "ordinal") {
@@ -125,40 +128,34 @@ int Trainer::run() {
   return 0;
 }
 
-double Trainer::forward_backward() {
-  const Batch batch = loader_->next();
-  source_stats_ = batch.stats.source;
-  const Tensor ids = batch_tensor(batch.inputs, batch.batch_size, batch.sequence_len);
-  const Tensor targets = batch_tensor(batch.targets, batch.batch_size, batch.sequence_len);
-  const auto tokens = static_cast<double>(ids.numel());
-  const double scale = scaler_ ? scaler_->scale() : 1.0;
-  Tape tape(*backend_, true);
-  const Tensor nll = model_.nll(tape, ids, targets, scale / (tokens * static_cast<double>(accumulation_)));
-  tape.backward();
-  double sum = 0;
-  for (int64_t i = 0; i < nll.numel(); ++i) sum += nll.get(i);
-  return sum / tokens;
-}
-
 Trainer::StepResult Trainer::train_step() {
   const auto start = Clock::now();
   StepResult result;
-  model_.zero_grad();
-  for (int64_t i = 0; i < accumulation_; ++i)
-    result.loss += forward_backward() / static_cast<double>(accumulation_);
-  if (!std::isfinite(result.loss)) stop_on_bad_numbers(result.loss, 0);
-  if (scaler_) {
-    result.skipped = !scaler_->unscale(*backend_, parameters_);
-    scaler_->update(!result.skipped);
+  const double decay = options_.weight_decay.value_or(0.28) * budget_.weight_decay_factor;
+  const StepRates rates = {lr_multiplier(),
+                           schedule_.muon_momentum(step_),
+                           schedule_.muon_weight_decay(step_, decay),
+                           {options_.clip_norm(), scaler_ ? scaler_->scale() : 1.0}};
+  step_work_.begin();
+  for (int64_t i = 0; i < accumulation_; ++i) {
+    const auto waiting = Clock::now();
+    const Batch batch = loader_->next();
+    result.data_seconds += seconds_since(waiting);
+    source_stats_ = batch.stats.source;
+    const Tensor ids = batch_tensor(batch.inputs, batch.batch_size, batch.sequence_len);
+    const Tensor targets = batch_tensor(batch.targets, batch.batch_size, batch.sequence_len);
+    if (i + 1 < accumulation_) {
+      step_work_.add(ids, targets, rates.limits.loss_scale);
+    } else {
+      step_work_.finish(ids, targets, rates);
+    }
   }
-  if (!result.skipped) {
-    result.grad_norm = clip_gradient_norm(*backend_, parameters_, options_.clip_norm());
-    if (!std::isfinite(result.grad_norm)) stop_on_bad_numbers(result.loss, result.grad_norm);
-    const double decay = options_.weight_decay.value_or(0.28) * budget_.weight_decay_factor;
-    optimizer_.step(lr_multiplier(), schedule_.muon_momentum(step_),
-                    schedule_.muon_weight_decay(step_, decay));
-    model_.weights_changed();
-  }
+  const TrainStep::Result done = step_work_.result();
+  result.loss = done.loss;
+  result.grad_norm = done.grad_norm;
+  result.skipped = done.skipped;
+  if (!std::isfinite(done.loss) || (done.skipped && !scaler_)) stop_on_bad_numbers(done.loss, done.grad_norm);
+  if (scaler_) scaler_->update(!done.skipped);
   result.seconds = seconds_since(start);
   return result;
 }
@@ -216,7 +213,7 @@ void Trainer::print_plan() const {
                          budget_.horizon, format_count(static_cast<int64_t>(budget_.tokens())),
                          budget_.tokens() * flops_per_token(config_))});
   table.row({"compute", fmt::format("{} in {}, {} threads", backend_->name(),
-                                    dtype_name(model_.compute_dtype()), options_.threads)});
+                                    dtype_name(model_.compute_dtype()), options_.compute.threads)});
   fmt::print(stderr, "{}", table.text());
 }
 
@@ -234,6 +231,7 @@ void Trainer::log_step(const StepResult& r) {
                {"tok_per_sec", rate},
                {"mfu", nullptr},
                {"dt_ms", r.seconds * 1e3},
+               {"data_wait_ms", r.data_seconds * 1e3},
                {"grad_norm", r.skipped ? Json(nullptr) : Json(r.grad_norm)},
                {"tokens", static_cast<int64_t>(tokens) * step_},
                {"mem_mb", memory / 1e6}};

@@ -20,6 +20,7 @@
 #include "tokenizer/tokenizer.h"
 #include "train/evaluate.h"
 #include "train/options.h"
+#include "train/step.h"
 
 namespace flexchat {
 
@@ -39,6 +40,7 @@ class Trainer {
     double grad_norm = 0;  // before clipping
     bool skipped = false;  // f16 overflow: no update
     double seconds = 0;
+    double data_seconds = 0;  // of them, waiting for the next batch
   };
 
   void print_plan() const;
@@ -48,7 +50,6 @@ class Trainer {
   void save();
 
   StepResult train_step();
-  double forward_backward();  // one micro batch: its mean loss; gradients are added
   void apply_schedule(double loss);
   // Throws RunError that names the first tensor holding a NaN or an infinity.
   [[noreturn]] void stop_on_bad_numbers(double loss, double grad_norm);
@@ -72,6 +73,8 @@ class Trainer {
   BaseSchedule schedule_;
   std::optional<OrdinalScheduler> ordinal_;
   Optimizer optimizer_;
+  int64_t accumulation_;  // micro batches of a step
+  TrainStep step_work_;
   std::optional<LossScaler> scaler_;  // f16
   LossAverage average_;
   std::vector<int32_t> token_bytes_;
@@ -83,7 +86,6 @@ class Trainer {
 
   int64_t step_ = 0;        // steps done
   int64_t first_step_ = 0;  // of this process
-  int64_t accumulation_ = 1;
   double smooth_loss_ = 0, last_loss_ = 0, train_seconds_ = 0, process_seconds_ = 0;
   double rate_ = 0;  // tokens per second of the last step
   std::optional<double> best_bpb_, last_bpb_;

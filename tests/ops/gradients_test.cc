@@ -153,18 +153,6 @@ TEST_F(Gradients, ValueGate) {
   }
 }
 
-TEST_F(Gradients, Attention) {
-  const AttentionShape shapes[] = {{1, 1, 1, 1, 1, 2, 0, -1, 0.7}, {2, 3, 3, 2, 2, 3, 0, -1, 0.6},
-                                   {1, 7, 7, 4, 2, 2, 0, -1, 0.5}, {1, 5, 5, 4, 1, 3, 0, 2, 0.8},
-                                   {2, 6, 6, 2, 1, 2, 0, 0, 1.0},  {1, 6, 6, 3, 3, 2, 0, 9, 1.0}};
-  for (const AttentionShape& s : shapes) {
-    check_gradients(
-        fmt::format("T{} H{} G{} window {}", s.q_len, s.n_head, s.n_kv_head, s.window),
-        {random({s.batch * s.q_len, (s.n_head + 2 * s.n_kv_head) * s.head_dim})}, {},
-        [&](Tape& tape, const std::vector<Var>& v) { return weighted_sum(tape, attention(tape, v[0], s)); });
-  }
-}
-
 TEST_F(Gradients, Mix) {
   for (const auto& [n, c] : {std::pair<int64_t, int64_t>{1, 1}, {3, 7}, {2, 33}}) {
     Weight a = random_weight(rng, {3}), b = random_weight(rng, {1});

@@ -1,4 +1,4 @@
-// Ops: chunks of the loss, attention over a cache, logits for inference, and what misuse is told.
+// Ops: chunks of the loss, logits for inference, and what misuse is told.
 #include "ops/ops.h"
 
 #include <gtest/gtest.h>
@@ -93,39 +93,6 @@ TEST(HeadLogits, AreWhatTheLossSees) {
   }
 }
 
-// The last queries of a sequence over a cache of its keys: what self-attention gives for those rows.
-TEST(CachedAttention, EqualsTheLastRowsOfSelfAttention) {
-  Rng rng(4);
-  const auto reference = make_reference_backend();
-  const int64_t batch = 2, t_len = 9, h = 4, g = 2, d = 3, row = (h + 2 * g) * d, max_len = 12;
-  const Tensor qkv = random_tensor(rng, {batch, t_len, row}, DType::f64);
-  for (const int64_t window : {-1, 3}) {
-    Tape tape(*reference, false);
-    const AttentionShape whole = {batch, t_len, t_len, h, g, d, 0, window, 0.4};
-    const Var expected = attention(tape, Tape::leaf(qkv.reshape({batch * t_len, row})), whole);
-    const Tensor k = filled_tensor({batch, max_len, g * d}, DType::f64, std::nan("")), v = duplicate(k);
-    reference->copy_rows(batch, t_len, g * d, heads_view(qkv, h * d), heads_view(k));
-    reference->copy_rows(batch, t_len, g * d, heads_view(qkv, (h + g) * d), heads_view(v));
-    for (const int64_t count : {1, 4, 9}) {
-      const Tensor last(host_arena(), {batch * count, row}, DType::f64);
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t i = 0; i < count * row; ++i) {
-          last.set(b * count * row + i, qkv.get((b * t_len + t_len - count) * row + i));
-        }
-      }
-      const AttentionShape s = {batch, count, t_len, h, g, d, t_len - count, window, 0.4};
-      const Var got = cached_attention(tape, Tape::leaf(last), k, v, s);
-      for (int64_t b = 0; b < batch; ++b) {
-        const int64_t width = h * d;
-        EXPECT_EQ(max_difference(got->value.rows(b * count, count),
-                                 expected->value.rows((b + 1) * t_len - count, count)),
-                  0)
-            << count << " of " << width;
-      }
-    }
-  }
-}
-
 class Misuse : public testing::Test {
  protected:
   Var var(Shape shape) { return Tape::leaf(filled_tensor(std::move(shape), DType::f64, 0.5)); }
@@ -155,36 +122,7 @@ TEST_F(Misuse, ProductsThatDoNotFit) {
             "linear: (2, 5) cannot be added to (3, 5)");
 }
 
-TEST_F(Misuse, Attention) {
-  const Tensor k = filled_tensor({1, 4, 4}, DType::f64, 0);
-  EXPECT_EQ(message_of<Error>([&] {
-              attention(tape, var({3, 10}), {1, 3, 3, 3, 2, 2, 0, -1, 1});
-            }),
-            "attention: 2 key heads do not divide 3 query heads");
-  EXPECT_EQ(message_of<Error>([&] {
-              attention(tape, var({3, 10}), {1, 3, 3, 4, 2, 2, 0, -1, 1});
-            }),
-            "attention: qkv (3, 10) is not (B*T, (H+2G)*D) = (3, 16)");
-  EXPECT_EQ(message_of<Error>([&] {
-              attention(tape, var({3, 16}), {1, 3, 5, 4, 2, 2, 2, -1, 1});
-            }),
-            "attention: 3 queries over 5 keys need a cache");
-  EXPECT_EQ(message_of<Error>([&] {
-              cached_attention(inference, var({3, 16}), k, k, {1, 3, 5, 4, 2, 2, 2, -1, 1});
-            }),
-            "attention: 5 keys do not fit a cache of 4");
-  EXPECT_EQ(message_of<Error>([&] {
-              cached_attention(tape, var({3, 16}), k, k, {1, 3, 4, 4, 2, 2, 1, -1, 1});
-            }),
-            "attention over a cache has no backward");
-}
-
 TEST_F(Misuse, SecondReaders) {
-  const Var qkv = var({3, 16});
-  const Var out = attention(tape, qkv, {1, 3, 3, 4, 2, 2, 0, -1, 1});
-  weighted_sum(tape, out);
-  qkv->grad = filled_tensor({3, 16}, DType::f64, 0);
-  EXPECT_EQ(message_of<Error>([&] { tape.backward(); }), "attention must be the only reader of qkv");
   const Weight head = weight({4, 5});
   const Var h = var({2, 5});
   linear_cross_entropy(tape, h, head, filled_tensor({2}, DType::i32, 1), 4, 0, 1);

@@ -1,4 +1,4 @@
-// Both Muon forms and AdamW against their formulas in plain double loops, on both backends; the bf16
+// Both Muon forms and AdamW against their formulas in plain double loops, on every backend; the bf16
 // iteration against the same loops with every operation rounded to bf16.
 #include "optim/muon.h"
 
@@ -10,7 +10,6 @@
 
 #include "base/error.h"
 #include "base/parallel.h"
-#include "optim/adamw.h"
 #include "optim/matrices.h"
 
 namespace flexchat {
@@ -139,76 +138,96 @@ INSTANTIATE_TEST_SUITE_P(Shapes, MuonShapes,
                            return std::to_string(shape.param.m) + "x" + std::to_string(shape.param.n);
                          });
 
-Matrix to_matrix(const Tensor& t) {
-  Matrix a(t.dim(0), t.dim(1));
-  a.v = values(t);
+Matrix to_matrix(Backend& backend, const Tensor& t, int64_t m, int64_t n) {
+  Matrix a(m, n);
+  a.v = values(backend, t);
   return a;
 }
 
-// Runs a few steps of one form on a backend and in the model; returns how far the parameter's movement is
-// from the model's, relative to the movement.
-double movement_error(Backend& backend, bool modern, MuonStep step, const Shape& shape, const Round& round) {
-  Parameter param = random_parameter(backend, "w", shape, 7);
-  const Tensor momentum = backend.zeros(shape, backend.master_dtype());
-  const Tensor second = backend.zeros(second_momentum_shape(shape), backend.master_dtype());
-  const Matrix start = to_matrix(param.value);
-  MuonModel model(start);
-  for (int t = 0; t < 3; ++t) {
-    fill_normal(param.grad, 100 + static_cast<uint64_t>(t), 0.01);
-    step.momentum = 0.85 + 0.05 * t;
-    const Matrix g = to_matrix(param.grad);
-    if (modern) {
-      modern_muon(backend, step, param, momentum, second);
-      model.modern(g, step, round);
-    } else {
-      classic_muon(backend, step, param, momentum);
-      model.classic(g, step, round);
-    }
-    EXPECT_EQ(values(param.grad), g.v) << "the gradient must stay as it was";
+// Runs a few steps of one form on a stack of matrices and in the model; returns how far a parameter's
+// movement is from the model's at most, relative to the movement. Stacks are cut into parts of two.
+double movement_error(Backend& backend, Arch arch, const MuonStep& step, const Shape& shape, size_t count,
+                      const Round& round) {
+  const int64_t m = shape[0], n = shape[1], side = std::min(m, n);
+  const int64_t two = 2 * (2 * m * n + 3 * side * side) * dtype_size(step.dtype);
+  std::vector<Parameter> params;
+  std::vector<MuonModel> models;
+  std::vector<Matrix> starts;
+  std::vector<UpdateSlot> slots;
+  for (size_t i = 0; i < count; ++i) {
+    params.push_back(random_parameter(backend, "w", shape, 7 + i));
+    starts.push_back(to_matrix(backend, params[i].value, m, n));
+    models.emplace_back(starts[i]);
+    slots.push_back(muon_slot(arch, params[i], backend.zeros(shape, backend.master_dtype()),
+                              backend.zeros(second_momentum_shape(shape), backend.master_dtype()), 1));
   }
-  const Matrix minus_start = times(-1, start, exact);
-  return relative_error(plus(to_matrix(param.value), minus_start, exact).v,
-                        plus(model.p, minus_start, exact).v);
+  const Muon muon(backend, arch, step.dtype, slots, two);
+  for (int t = 0; t < 3; ++t) {
+    MuonStep now = step;
+    now.momentum = 0.85 + 0.05 * t;
+    for (size_t i = 0; i < count; ++i)
+      fill_normal(backend, params[i].grad, 100 * (i + 1) + static_cast<uint64_t>(t), 0.01);
+    muon.update(make_rates(backend, now.rates()));
+    for (size_t i = 0; i < count; ++i) {
+      Rng rng(100 * (i + 1) + static_cast<uint64_t>(t));
+      Matrix g(m, n);
+      for (double& x : g.v) x = static_cast<double>(static_cast<float>(0.01 * rng.normal()));
+      EXPECT_EQ(values(backend, params[i].grad), g.v) << "the gradient must stay as it was";
+      arch == Arch::modern ? models[i].modern(g, now, round) : models[i].classic(g, now, round);
+    }
+  }
+  double worst = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Matrix minus_start = times(-1, starts[i], exact);
+    const double error = relative_error(plus(to_matrix(backend, params[i].value, m, n), minus_start, exact).v,
+                                        plus(models[i].p, minus_start, exact).v);
+    worst = std::max(worst, error);
+  }
+  return worst;
 }
 
-TEST_P(MuonShapes, ReferenceFollowsTheFormulas) {
-  const auto backend = make_reference_backend();
+// f64 on the reference, f32 elsewhere.
+TEST_P(MuonShapes, FollowsTheFormulas) {
   const Shape shape = {GetParam().m, GetParam().n};
-  const MuonStep step = {.lr = 0.02, .weight_decay = 0, .dtype = DType::f64};
-  EXPECT_LT(movement_error(*backend, false, step, shape, exact), 1e-9);
-  MuonStep decayed = step;
-  decayed.weight_decay = 0.3;
-  EXPECT_LT(movement_error(*backend, true, decayed, shape, exact), 1e-9);
-}
-
-TEST_P(MuonShapes, CpuFollowsTheFormulas) {
-  const auto backend = make_cpu_backend();
-  const Shape shape = {GetParam().m, GetParam().n};
-  const MuonStep step = {.lr = 0.02, .weight_decay = 0, .dtype = DType::f32};
-  EXPECT_LT(movement_error(*backend, false, step, shape, exact), 1e-4);
-  MuonStep decayed = step;
-  decayed.weight_decay = 0.3;
-  EXPECT_LT(movement_error(*backend, true, decayed, shape, exact), 1e-4);
+  for (const auto& backend : all_backends()) {
+    const double tolerance = backend->master_dtype() == DType::f64 ? 1e-9 : 1e-4;
+    MuonStep step = {.lr = 0.02, .weight_decay = 0, .dtype = backend->master_dtype()};
+    for (size_t count : {1, 3}) {
+      step.weight_decay = 0;
+      EXPECT_LT(movement_error(*backend, Arch::classic, step, shape, count, exact), tolerance)
+          << backend->name();
+      step.weight_decay = 0.3;
+      EXPECT_LT(movement_error(*backend, Arch::modern, step, shape, count, exact), tolerance)
+          << backend->name();
+    }
+  }
 }
 
 // Rounded where the formulas round, small matrices agree almost to the last bit, and larger ones but for sums
 // that fall on the other side of a tie. Without that rounding both are off by 2 to 9 percent.
-TEST_P(MuonShapes, CpuRoundsTheBf16IterationLikeTheFormulas) {
-  const auto backend = make_cpu_backend();
+TEST_P(MuonShapes, RoundsTheBf16IterationLikeTheFormulas) {
   const Shape shape = {GetParam().m, GetParam().n};
   const MuonStep step = {.lr = 0.02, .dtype = DType::bf16};
   const double tolerance = shape_numel(shape) < 30 ? 1e-4 : 0.025;
-  EXPECT_LT(movement_error(*backend, false, step, shape, to_bf16_value), tolerance);
-  EXPECT_LT(movement_error(*backend, true, step, shape, to_bf16_value), tolerance);
+  for (const auto& backend : all_backends()) {
+    if (backend->master_dtype() == DType::f64) continue;
+    for (const Arch arch : {Arch::classic, Arch::modern})
+      EXPECT_LT(movement_error(*backend, arch, step, shape, 1, to_bf16_value), tolerance) << backend->name();
+  }
 }
 
 TEST(Muon, IterationsOrthogonalise) {
   const auto backend = make_reference_backend();
   for (const Shape& shape : {Shape{12, 40}, Shape{40, 12}}) {
     for (bool polar : {false, true}) {
-      const Tensor x = backend->zeros(shape, DType::f64);
-      fill_normal(x, 3);
-      Matrix o = to_matrix(polar ? polar_express(*backend, x) : newton_schulz(*backend, x));
+      const Tensor x = backend->zeros({1, shape[0], shape[1]}, DType::f64);
+      fill_normal(*backend, x, 3);
+      const Tensor squares = backend->zeros({1, shape[0]}, DType::f64);
+      for (int64_t i = 0; i < x.numel(); ++i)
+        squares.set(i / shape[1], squares.get(i / shape[1]) + x.get(i) * x.get(i));
+      Matrix o = to_matrix(*backend,
+                           polar ? polar_express(*backend, x, squares) : newton_schulz(*backend, x, squares),
+                           shape[0], shape[1]);
       if (o.m > o.n) o = transposed(o);
       const Matrix gram = product(o, transposed(o));
       for (int64_t i = 0; i < gram.m; ++i) {
@@ -223,19 +242,20 @@ TEST(Muon, IterationsOrthogonalise) {
 }
 
 TEST(Muon, ZeroGradientMovesNothingButDecay) {
-  for (const auto& backend : {make_reference_backend(), make_cpu_backend()}) {
+  for (const auto& backend : all_backends()) {
     Parameter param = random_parameter(*backend, "w", {4, 6}, 5);
     backend->fill(param.grad, 0);
     const Tensor momentum = backend->zeros({4, 6}, backend->master_dtype());
     const Tensor second = backend->zeros({1, 6}, backend->master_dtype());
-    const std::vector<double> before = values(param.value);
+    const std::vector<double> before = values(*backend, param.value);
     MuonStep step = {.lr = 0.02, .weight_decay = 0, .dtype = backend->master_dtype()};
     classic_muon(*backend, step, param, momentum);
     modern_muon(*backend, step, param, momentum, second);
-    EXPECT_EQ(values(param.value), before);
+    EXPECT_EQ(values(*backend, param.value), before);
     step.weight_decay = 0.5;  // a tie of gradient and parameter decays
     modern_muon(*backend, step, param, momentum, second);
-    for (size_t i = 0; i < before.size(); ++i) EXPECT_NEAR(values(param.value)[i], before[i] * 0.99, 1e-6);
+    const std::vector<double> after = values(*backend, param.value);
+    for (size_t i = 0; i < before.size(); ++i) EXPECT_NEAR(after[i], before[i] * 0.99, 1e-6);
   }
 }
 
@@ -254,22 +274,34 @@ TEST(Muon, RefusesWhatDoesNotFit) {
   EXPECT_THROW(classic_muon(*backend, step, param, good), Error);
 }
 
+// Different shapes in one stack, and no slots at all.
+TEST(Muon, OneStackHasOneShape) {
+  const auto backend = make_cpu_backend();
+  Parameter a = random_parameter(*backend, "a", {4, 6}, 5), b = random_parameter(*backend, "b", {6, 4}, 5);
+  const auto slot = [&](const Parameter& p) {
+    return muon_slot(Arch::classic, p, backend->zeros(p.value.shape(), DType::f32), Tensor(), 1);
+  };
+  EXPECT_THROW(Muon(*backend, Arch::classic, DType::f32, {slot(a), slot(b)}, 1 << 20), Error);
+  EXPECT_THROW(Muon(*backend, Arch::classic, DType::f32, {}, 1 << 20), Error);
+}
+
 TEST(AdamW, FollowsTheFormulas) {
   struct Double {
     double lr, b1, b2, wd;
   };
-  for (const auto& backend : {make_reference_backend(), make_cpu_backend()}) {
+  for (const auto& backend : all_backends()) {
     for (const Double c : {Double{0.2, 0.8, 0.95, 0}, Double{0.004, 0.96, 0.995, 0.3}}) {
       for (const Shape& shape : {Shape{1}, Shape{37}, Shape{19, 33}}) {
         Parameter param = random_parameter(*backend, "w", shape, 11);
         const Tensor m = backend->zeros(shape, backend->master_dtype());
         const Tensor v = backend->zeros(shape, backend->master_dtype());
-        std::vector<double> p = values(param.value), dm(p.size()), dv(p.size());
+        std::vector<double> p = values(*backend, param.value), dm(p.size()), dv(p.size());
         for (int64_t t = 1; t <= 4; ++t) {
-          fill_normal(param.grad, static_cast<uint64_t>(t), t == 3 ? 1e-6 : 1);
+          fill_normal(*backend, param.grad, static_cast<uint64_t>(t), t == 3 ? 1e-6 : 1);
+          const std::vector<double> grad = values(*backend, param.grad);
           adamw(*backend, {c.lr, c.b1, c.b2, 1e-10, c.wd, t}, param, m, v);
           for (size_t i = 0; i < p.size(); ++i) {
-            const double g = param.grad.get(static_cast<int64_t>(i));
+            const double g = grad[i];
             p[i] *= 1 - c.lr * c.wd;
             dm[i] = c.b1 * dm[i] + (1 - c.b1) * g;
             dv[i] = c.b2 * dv[i] + (1 - c.b2) * g * g;
@@ -278,9 +310,9 @@ TEST(AdamW, FollowsTheFormulas) {
           }
         }
         const double tolerance = backend->master_dtype() == DType::f64 ? 1e-12 : 2e-6;
-        EXPECT_LT(relative_error(values(param.value), p), tolerance);
-        EXPECT_LT(relative_error(values(m), dm), tolerance);
-        EXPECT_LT(relative_error(values(v), dv), tolerance);
+        EXPECT_LT(relative_error(values(*backend, param.value), p), tolerance);
+        EXPECT_LT(relative_error(values(*backend, m), dm), tolerance);
+        EXPECT_LT(relative_error(values(*backend, v), dv), tolerance);
       }
     }
   }

@@ -9,9 +9,8 @@
 
 #include "base/error.h"
 #include "base/parallel.h"
-#include "optim/adamw.h"
+#include "optim/gradients.h"
 #include "optim/matrices.h"
-#include "optim/muon.h"
 
 namespace flexchat {
 namespace {
@@ -61,7 +60,7 @@ struct Training {
   }
   void set_gradients(int64_t step) {
     for (size_t i = 0; i < params.size(); ++i) {
-      fill_normal(params[i].grad, static_cast<uint64_t>(step) * 1000 + i, 0.02);
+      fill_normal(backend, params[i].grad, static_cast<uint64_t>(step) * 1000 + i, 0.02);
     }
   }
   void step(int64_t t) {
@@ -73,7 +72,7 @@ struct Training {
   std::vector<double> all_values() const {
     std::vector<double> out;
     for (const Parameter& p : params) {
-      for (double x : values(p.value)) out.push_back(x);
+      for (double x : values(backend, p.value)) out.push_back(x);
     }
     return out;
   }
@@ -88,29 +87,38 @@ OptimizerConfig config_of(Arch arch, DType muon_dtype) {
 struct Setup {
   const char* name;
   Arch arch;
-  bool cpu;
+  const char* backend;
   DType muon_dtype;
 };
 class Optimizers : public testing::TestWithParam<Setup> {
  protected:
-  std::unique_ptr<Backend> backend = GetParam().cpu ? make_cpu_backend() : make_reference_backend();
+  void SetUp() override {
+    std::string why;
+    if (std::string_view(GetParam().backend) == "cuda" && !cuda_available(&why)) GTEST_SKIP() << why;
+    backend = make_backend(GetParam().backend);
+  }
+  std::unique_ptr<Backend> backend;
   OptimizerConfig config = config_of(GetParam().arch, GetParam().muon_dtype);
 };
 INSTANTIATE_TEST_SUITE_P(All, Optimizers,
-                         testing::Values(Setup{"classic_cpu", Arch::classic, true, DType::f32},
-                                         Setup{"classic_cpu_bf16", Arch::classic, true, DType::bf16},
-                                         Setup{"classic_reference", Arch::classic, false, DType::f64},
-                                         Setup{"modern_cpu", Arch::modern, true, DType::f32},
-                                         Setup{"modern_cpu_bf16", Arch::modern, true, DType::bf16},
-                                         Setup{"modern_reference", Arch::modern, false, DType::f64}),
+                         testing::Values(Setup{"classic_cpu", Arch::classic, "cpu", DType::f32},
+                                         Setup{"classic_cpu_bf16", Arch::classic, "cpu", DType::bf16},
+                                         Setup{"classic_reference", Arch::classic, "reference", DType::f64},
+                                         Setup{"classic_cuda", Arch::classic, "cuda", DType::f32},
+                                         Setup{"classic_cuda_bf16", Arch::classic, "cuda", DType::bf16},
+                                         Setup{"modern_cpu", Arch::modern, "cpu", DType::f32},
+                                         Setup{"modern_cpu_bf16", Arch::modern, "cpu", DType::bf16},
+                                         Setup{"modern_reference", Arch::modern, "reference", DType::f64},
+                                         Setup{"modern_cuda", Arch::modern, "cuda", DType::f32},
+                                         Setup{"modern_cuda_bf16", Arch::modern, "cuda", DType::bf16}),
                          [](const auto& setup) { return setup.param.name; });
 
 // Copies of every state tensor, as a checkpoint would hold them.
-std::map<std::string, Tensor> saved(const Optimizer& optimizer) {
+std::map<std::string, Tensor> saved(Backend& backend, const Optimizer& optimizer) {
   std::map<std::string, Tensor> out;
   for (const auto& [name, tensor] : optimizer.state()) {
     Tensor copy(host_arena(), tensor.shape(), tensor.dtype());
-    std::memcpy(copy.data(), tensor.data(), static_cast<size_t>(tensor.bytes()));
+    backend.copy(tensor, copy);
     EXPECT_TRUE(out.emplace(name, copy).second) << name;
   }
   return out;
@@ -127,7 +135,7 @@ TEST_P(Optimizers, ResumesBitForBit) {
   Training whole(*backend, config), first(*backend, config), second(*backend, config);
   for (int64_t t = 0; t < 5; ++t) whole.step(t);
   for (int64_t t = 0; t < 2; ++t) first.step(t);
-  const std::map<std::string, Tensor> state = saved(*first.optimizer);
+  const std::map<std::string, Tensor> state = saved(*backend, *first.optimizer);
   second.step(7);  // must leave no trace
   second.optimizer->load_state(finder(state));
   for (size_t i = 0; i < first.params.size(); ++i)
@@ -135,7 +143,7 @@ TEST_P(Optimizers, ResumesBitForBit) {
   EXPECT_EQ(second.optimizer->steps_done(), 2);
   for (int64_t t = 2; t < 5; ++t) second.step(t);
   EXPECT_EQ(second.all_values(), whole.all_values());
-  EXPECT_EQ(saved(*second.optimizer).size(), state.size());
+  EXPECT_EQ(saved(*backend, *second.optimizer).size(), state.size());
 }
 
 TEST_P(Optimizers, ClearedStateIsANewOptimizer) {
@@ -157,7 +165,7 @@ TEST_P(Optimizers, BadStateChangesNothing) {
   untouched.step(0);
   Training other(*backend, config);
   other.step(5);
-  const std::map<std::string, Tensor> good = saved(*other.optimizer);
+  const std::map<std::string, Tensor> good = saved(*backend, *other.optimizer);
   const std::string name = "lm_head.weight.exp_avg_sq";
   const auto refuse = [&](const Tensor& replacement) -> std::string {
     std::map<std::string, Tensor> bad = good;
@@ -222,7 +230,9 @@ TEST_P(Optimizers, EveryGroupHasItsRuleAndConstants) {
   }
   EXPECT_EQ(adam_count, adam.size());
   for (size_t i = 0; i < run.params.size(); ++i) {
-    EXPECT_LT(relative_error(values(run.params[i].value), values(expected.params[i].value)), 1e-7)
+    EXPECT_LT(
+        relative_error(values(*backend, run.params[i].value), values(*backend, expected.params[i].value)),
+        1e-7)
         << run.params[i].name;
   }
 }
@@ -300,20 +310,128 @@ TEST(Optimizer, MissingGradientChangesNothing) {
   EXPECT_EQ(run.optimizer->steps_done(), 0);
 }
 
-// f32 on the CPU stays near f64 on the reference over several steps.
-TEST(Optimizer, CpuFollowsReference) {
-  const auto cpu = make_cpu_backend(), reference = make_reference_backend();
-  for (Arch arch : {Arch::classic, Arch::modern}) {
-    Training fast(*cpu, config_of(arch, DType::f32)), slow(*reference, config_of(arch, DType::f64));
-    for (int64_t t = 0; t < 4; ++t) {
-      fast.step(t);
-      slow.step(t);
-    }
-    for (size_t i = 0; i < fast.params.size(); ++i) {
-      EXPECT_LT(relative_error(values(fast.params[i].value), values(slow.params[i].value)), 2e-5)
-          << fast.params[i].name;
+// f32 stays near f64 on the reference over several steps.
+TEST(Optimizer, FollowsReference) {
+  const auto reference = make_reference_backend();
+  for (const auto& backend : all_backends()) {
+    if (backend->master_dtype() == DType::f64) continue;
+    for (Arch arch : {Arch::classic, Arch::modern}) {
+      Training fast(*backend, config_of(arch, DType::f32)), slow(*reference, config_of(arch, DType::f64));
+      for (int64_t t = 0; t < 4; ++t) {
+        fast.step(t);
+        slow.step(t);
+      }
+      for (size_t i = 0; i < fast.params.size(); ++i) {
+        EXPECT_LT(
+            relative_error(values(*backend, fast.params[i].value), values(*reference, slow.params[i].value)),
+            2e-5)
+            << backend->name() << " " << fast.params[i].name;
+      }
     }
   }
+}
+
+// A step that limits the norm of loss-scaled gradients is one on gradients divided and shortened in memory.
+TEST_P(Optimizers, LimitsGradientsWhileReadingThem) {
+  Training run(*backend, config), expected(*backend, config);
+  const double scale = 1024;
+  for (int64_t t = 0; t < 2; ++t) {
+    for (Training* training : {&run, &expected}) {
+      training->set_gradients(t);
+      for (Parameter& p : training->params) backend->axpby(scale, p.grad, 0, p.grad);
+    }
+    const std::vector<double> grad = values(*backend, run.params[0].grad);
+    run.optimizer->step(1, 0.9, 0, {0.5, scale});
+    EXPECT_EQ(values(*backend, run.params[0].grad), grad);
+    ASSERT_TRUE(LossScaler(scale).unscale(*backend, expected.pointers()));
+    const double norm = clip_gradient_norm(*backend, expected.pointers(), 0.5);
+    EXPECT_GT(norm, 0.6);
+    expected.optimizer->step(1, 0.9, 0);
+    const Optimizer::Result result = run.optimizer->result();
+    EXPECT_FALSE(result.skipped);
+    EXPECT_NEAR(result.grad_norm, norm, 1e-5 * norm);
+    EXPECT_NEAR(expected.optimizer->result().grad_norm, 0.5, 1e-5);
+  }
+  for (size_t i = 0; i < run.params.size(); ++i) {
+    EXPECT_LT(
+        relative_error(values(*backend, run.params[i].value), values(*backend, expected.params[i].value)),
+        config.muon_dtype == DType::bf16 ? 1e-3 : 1e-5)
+        << run.params[i].name;
+  }
+}
+
+TEST_P(Optimizers, GradientsThatAreNotFiniteChangeNothing) {
+  for (const double bad : {HUGE_VAL, std::nan("")}) {
+    Training run(*backend, config), untouched(*backend, config);
+    for (Training* training : {&run, &untouched}) training->step(0);
+    run.set_gradients(1);
+    const Tensor& grad = run.params.back().grad;
+    set_element(*backend, grad, grad.numel() - 1, bad);
+    const auto before = saved(*backend, *run.optimizer);
+    const std::vector<double> values_before = run.all_values();
+    run.optimizer->step(1, 0.9, 0);
+    EXPECT_EQ(run.optimizer->steps_done(), 2);
+    EXPECT_TRUE(run.optimizer->result().skipped);
+    EXPECT_TRUE(run.optimizer->result().skipped) << "asked again";
+    EXPECT_EQ(run.optimizer->steps_done(), 1) << "a skipped step is not counted, and only once";
+    EXPECT_EQ(run.all_values(), values_before);
+    for (const auto& [name, tensor] : saved(*backend, *run.optimizer)) {
+      EXPECT_EQ(std::memcmp(tensor.data(), before.at(name).data(), static_cast<size_t>(tensor.bytes())), 0)
+          << name;
+    }
+    for (Training* training : {&run, &untouched}) training->step(1);
+    EXPECT_FALSE(run.optimizer->result().skipped);
+    EXPECT_EQ(run.all_values(), untouched.all_values());
+  }
+}
+
+// The copies that products read follow the masters without a pass of their own.
+TEST_P(Optimizers, RefreshesComputeCopies) {
+  if (backend->master_dtype() == DType::f64) GTEST_SKIP() << "the reference computes in its masters";
+  Training run(*backend, config);
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    for (Parameter& p : run.params) p.compute = backend->zeros(p.value.shape(), dtype);
+    run.step(0);
+    for (const Parameter& p : run.params) {
+      const Tensor expected = backend->zeros(p.value.shape(), dtype);
+      backend->copy(p.value, expected);
+      EXPECT_EQ(values(*backend, p.compute), values(*backend, expected)) << p.name;
+    }
+  }
+}
+
+TEST_P(Optimizers, ZeroGradZeroesEveryGradient) {
+  Training run(*backend, config);
+  run.set_gradients(0);
+  run.optimizer->zero_grad();
+  for (const Parameter& p : run.params) {
+    const std::vector<double> grad = values(*backend, p.grad);
+    EXPECT_EQ(grad, std::vector<double>(grad.size(), 0)) << p.name;
+  }
+  run.step(1);  // and another gradient tensor is noticed
+  run.params[0].grad = backend->clone(run.params[0].grad);
+  run.optimizer->zero_grad();
+  EXPECT_EQ(values(*backend, run.params[0].grad)[0], 0);
+}
+
+// Rates are data: a recorded update goes on with those of later steps.
+TEST_P(Optimizers, RecordedUpdatesFollowTheRates) {
+  Training run(*backend, config), expected(*backend, config);
+  run.step(0);
+  expected.step(0);
+  const auto graph = backend->capture([&] { run.optimizer->update(); });
+  const bool modern = config.arch == Arch::modern;
+  for (int64_t t = 1; t < 4; ++t) {
+    const auto x = static_cast<double>(t);
+    run.set_gradients(t);
+    expected.set_gradients(t);
+    run.optimizer->set_rates(1 / x, 0.8 + 0.03 * x, modern ? 0.1 * x : 0, {1 / x, x});
+    graph->replay();
+    expected.optimizer->step(1 / x, 0.8 + 0.03 * x, modern ? 0.1 * x : 0, {1 / x, x});
+    EXPECT_EQ(run.optimizer->result().grad_norm, expected.optimizer->result().grad_norm);
+    EXPECT_EQ(run.all_values(), expected.all_values()) << "step " << t;
+  }
+  EXPECT_EQ(run.optimizer->steps_done(), 4);
 }
 
 }  // namespace
