@@ -6,6 +6,7 @@
 
 #include "backend/backend.h"
 #include "base/rng.h"
+#include "flex/mods.h"
 
 namespace flexchat {
 namespace {
@@ -59,7 +60,19 @@ void cross_entropy(benchmark::State& state) {
 }
 BENCHMARK(cross_entropy)->Args({512, 4096})->Args({128, 65536})->UseRealTime();
 
-// (T, D) with 8 rows and 4 heads; half the square counts, backward 2.5 times forward.
+// Specs of attention to compare: the built-in causal mask, the same as an expression, a score mod on top.
+enum AttentionKind { built_in, expression, soft_cap };
+
+AttentionSpec attention_spec(AttentionKind kind, int64_t head_dim) {
+  AttentionSpec spec;
+  spec.scale = 1 / std::sqrt(static_cast<double>(head_dim));
+  spec.causal = kind == built_in;
+  if (kind != built_in) spec.mask = flex::causal();
+  if (kind == soft_cap) spec.score_mod = flex::softcap(30);
+  return spec;
+}
+
+// (T, D, backward, kind) with 8 rows and 4 heads; half the square counts, backward 2.5 times forward.
 void attention(benchmark::State& state) {
   const bool backward = state.range(2) != 0;
   AttentionShape s;
@@ -67,23 +80,22 @@ void attention(benchmark::State& state) {
   s.q_len = s.kv_len = state.range(0);
   s.n_head = s.n_kv_head = 4;
   s.head_dim = state.range(1);
-  s.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
+  const auto kind = static_cast<AttentionKind>(state.range(3));
+  const auto plan = backend().plan_attention(s, attention_spec(kind, s.head_dim));
   const int64_t width = s.n_head * s.head_dim;
   const Tensor x = random({s.batch, s.q_len, 3 * width}), out = random({s.batch, s.q_len, width});
   const Tensor dx = random({s.batch, s.q_len, 3 * width}), dout = random({s.batch, s.q_len, width});
   const Tensor lse = random({s.batch, s.n_head, s.q_len});
-  const auto forward = [&] {
-    backend().attention(s, heads_view(x), heads_view(x, width), heads_view(x, 2 * width), heads_view(out),
-                        &lse);
-  };
-  forward();
+  const AttentionTensors tensors = {heads_view(x), heads_view(x, width), heads_view(x, 2 * width),
+                                    heads_view(out), &lse};
+  const AttentionGradients grads = {heads_view(dout),          nullptr, heads_view(dx), heads_view(dx, width),
+                                    heads_view(dx, 2 * width), {}};
+  backend().attention(*plan, tensors);
   for (auto _ : state) {
     if (backward) {
-      backend().attention_backward(s, heads_view(x), heads_view(x, width), heads_view(x, 2 * width),
-                                   heads_view(out), heads_view(dout), lse, heads_view(dx),
-                                   heads_view(dx, width), heads_view(dx, 2 * width));
+      backend().attention_backward(*plan, tensors, grads);
     } else {
-      forward();
+      backend().attention(*plan, tensors);
     }
   }
   const double flops = 2.0 * static_cast<double>(s.batch * s.n_head * s.q_len * s.q_len * s.head_dim);
@@ -91,10 +103,8 @@ void attention(benchmark::State& state) {
          static_cast<double>(x.bytes() + out.bytes()) * (backward ? 2 : 1));
 }
 BENCHMARK(attention)
-    ->Args({256, 128, 0})
-    ->Args({256, 128, 1})
-    ->Args({1024, 64, 0})
-    ->Args({1024, 64, 1})
+    ->ArgsProduct({{256}, {128}, {0, 1}, {built_in}})
+    ->ArgsProduct({{1024}, {64}, {0, 1}, {built_in, expression, soft_cap}})
     ->UseRealTime();
 
 }  // namespace

@@ -5,9 +5,9 @@
 #include <chrono>
 #include <nlohmann/json.hpp>
 
+#include "backend/device_options.h"
 #include "base/error.h"
 #include "base/options.h"
-#include "base/parallel.h"
 #include "base/strings.h"
 #include "cli/command.h"
 #include "engine/generate.h"
@@ -30,8 +30,9 @@ double median(std::vector<double> v) {
 
 struct ModelBench {
   GptConfig config;
-  std::string arch = "classic", device = "cpu", dtype = "f32", run_id, runs = "runs";
-  int64_t batch = 8, steps = 8, prompt = 64, new_tokens = 200, threads = num_threads(), seed = 1;
+  DeviceOptions compute;
+  std::string arch = "classic", run_id, runs = "runs";
+  int64_t batch = 8, steps = 8, prompt = 64, new_tokens = 200, seed = 1;
   bool json = false;
 
   void declare(Options& o) {
@@ -51,9 +52,7 @@ struct ModelBench {
     o.add("--steps", &steps, "timed training steps; the median counts").at_least(1);
     o.add("--prompt", &prompt, "tokens before decoding").at_least(1);
     o.add("--new-tokens", &new_tokens, "decoded tokens").at_least(1);
-    o.add("--device", &device, "where to run").choices({"cpu", "reference"});
-    o.add("--dtype", &dtype, "compute dtype").choices({"f32", "bf16", "f16"});
-    o.add("--threads", &threads, "CPU threads").at_least(1);
+    compute.declare(o);
     o.add("--seed", &seed, "of weights and data").at_least(0);
     o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
     o.add("--runs", &runs, "folder that holds run folders").not_recorded();
@@ -99,9 +98,8 @@ int bench_model(const Words& words) {
   if (!options.parse(words)) return 0;
   if (!options.given("--n-kv-head")) c.config.n_kv_head = c.config.n_head;
   c.config.arch = parse_arch(c.arch);
-  set_num_threads(static_cast<int>(c.threads));
-  const auto backend = make_backend(c.device);
-  Gpt model(c.config, *backend, c.device == "reference" ? DType::f64 : parse_dtype(c.dtype));
+  const auto backend = c.compute.open();
+  Gpt model(c.config, *backend, c.compute.compute_dtype());
   model.init_weights(static_cast<uint64_t>(c.seed));
   Rng rng(static_cast<uint64_t>(c.seed), /*stream=*/1 << 20);
   for (Parameter& p : model.parameters()) {  // no zero matrices: real data in every product
@@ -167,13 +165,12 @@ int bench_model(const Words& words) {
 }  // namespace
 
 int cmd_bench(const Words& words) {
-  if (!words.empty() && words[0] == "model") return bench_model({words.begin() + 1, words.end()});
-  if (!words.empty() && (words[0] == "--help" || words[0] == "-h")) {
-    fmt::print("usage: flexchat bench model [options]\n");
-    return 0;
-  }
-  fail("flexchat bench: {}; allowed: model",
-       words.empty() ? "what?" : "unknown benchmark '" + words[0] + "'");
+  return run_subcommand("bench",
+                        {{"model", bench_model, "forward and backward, decoding and memory of a whole model"},
+                         {"train", bench_train, "whole training steps, over sweeps of batch and length"},
+                         {"attention", bench_attention, "attention by shape, mod and kernel"},
+                         {"loss", bench_loss, "the output head and its loss, by backend"}},
+                        words);
 }
 
 }  // namespace flexchat

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/cuda_loader.h"
 #include "base/options.h"
 #include "base/parallel.h"
 #include "base/strings.h"
@@ -15,11 +16,13 @@ namespace flexchat {
 namespace {
 
 Json info_json() {
-  Json info = capture_environment();
+  Json info = capture_environment(cuda_accelerators());
   info["threads"] = num_threads();
   const OneDnn dnnl = onednn_info();
   info["onednn"] = Json{{"version", dnnl.version}, {"isa", dnnl.isa}};
   info["highway_target"] = highway_target();
+  std::string why;
+  info["cuda_unavailable"] = cuda_available(&why) ? Json() : Json(why);
   info["kernels"] = Json::array();
   for (const KernelRow& row : kernel_table()) {
     info["kernels"].push_back(Json{{"device", row.device},
@@ -60,6 +63,11 @@ void print_info() {
   line("memory", memory_line());
   line("oneDNN", fmt::format("{}, instruction set {}", dnnl.version, dnnl.isa));
   line("Highway", "target " + highway_target());
+  std::string why;
+  if (!cuda_available(&why)) line("cuda", "none: " + why);
+  for (const Json& device : cuda_accelerators()) {
+    line(device["device"].get<std::string>().c_str(), device["description"].get<std::string>());
+  }
 
   Table kernels({"device", "kernel", "dtype", "needs", "runs", "how"});
   for (const KernelRow& row : kernel_table()) {

@@ -455,37 +455,16 @@ int render_command(const Words& words) {
   return 0;
 }
 
-struct Subcommand {
-  const char* name;
-  int (*run)(const Words&);
-  const char* summary;
-};
-constexpr Subcommand kSubcommands[] = {
-    {"train", train_command, "learn a vocabulary from text"},
-    {"encode", encode_command, "text to ids"},
-    {"decode", decode_command, "ids to text"},
-    {"eval", eval_command, "bytes per token and tokens per word"},
-    {"render", render_command, "a conversation to ids and loss mask"},
-};
-
 }  // namespace
 
 int cmd_tokenizer(const Words& words) {
-  std::vector<std::string> names;
-  for (const Subcommand& sub : kSubcommands) {
-    if (!words.empty() && words[0] == sub.name) return sub.run({words.begin() + 1, words.end()});
-    names.emplace_back(sub.name);
-  }
-  if (!words.empty() && (words[0] == "--help" || words[0] == "-h")) {
-    fmt::print("usage: flexchat tokenizer COMMAND ...\n");
-    for (const Subcommand& sub : kSubcommands) fmt::print("  {:<10} {}\n", sub.name, sub.summary);
-    fmt::print("\nflexchat tokenizer COMMAND --help tells a command's options.\n");
-    return 0;
-  }
-  fail("flexchat tokenizer: {}; allowed: {}",
-       words.empty() ? "no command given"
-                     : fmt::format("unknown command '{}'{}", words[0], did_you_mean(words[0], names)),
-       join(names));
+  return run_subcommand("tokenizer",
+                        {{"train", train_command, "learn a vocabulary from text"},
+                         {"encode", encode_command, "text to ids"},
+                         {"decode", decode_command, "ids to text"},
+                         {"eval", eval_command, "bytes per token and tokens per word"},
+                         {"render", render_command, "a conversation to ids and loss mask"}},
+                        words);
 }
 
 }  // namespace flexchat

@@ -7,7 +7,6 @@
 
 #include "base/error.h"
 #include "base/file.h"
-#include "base/parallel.h"
 #include "base/strings.h"
 #include "checkpoint/state_json.h"
 #include "cli/command.h"
@@ -47,7 +46,6 @@ int train_fresh(const Words& words) {
   Options options(kCommand, kSummary);
   parsed.declare(options);
   if (!options.parse(words)) return 0;
-  set_num_threads(static_cast<int>(parsed.threads));
   Tokenizer tokenizer = Tokenizer::load(parsed.tokenizer);
   const GptConfig config = parsed.model_config(tokenizer.vocab_size());
   RunFolder run = RunFolder::create("train", parsed.run_id, RunMode::fresh, parsed.runs);
@@ -75,7 +73,6 @@ int train_resumed(const Words& words) {
   options.load_json(recorded, config_file.string());
   if (!options.parse(words)) return 0;
   refuse_changes(recorded, options.to_json(), run_dir.string());
-  set_num_threads(static_cast<int>(parsed.threads));
   Tokenizer tokenizer = Tokenizer::load(run_dir / "tokenizer");
   const GptConfig config = parsed.model_config(tokenizer.vocab_size());
   RunFolder run = RunFolder::create("train", parsed.run_id, RunMode::resume, parsed.runs);

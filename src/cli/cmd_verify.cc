@@ -1,11 +1,11 @@
-// flexchat verify golden FILE...
+// flexchat verify: golden FILE... here, attention in verify_attention.cc.
 #include <fmt/core.h>
 
 #include <nlohmann/json.hpp>
 
+#include "backend/device_options.h"
 #include "base/error.h"
 #include "base/options.h"
-#include "base/parallel.h"
 #include "cli/command.h"
 #include "report/run_folder.h"
 #include "verify/golden.h"
@@ -15,20 +15,17 @@ namespace {
 
 struct GoldenCommand {
   std::vector<std::string> files;
-  std::string device = "cpu", dtype = "f32", muon_dtype = "auto";
+  DeviceOptions compute;
+  std::string muon_dtype = "auto";
   std::string run_id, runs = "runs";
-  int64_t threads = num_threads();
   bool json = false;
 
   void declare(Options& o) {
     o.add("files", &files, "golden .safetensors files (classic_*, modern_*)").required();
-    o.add("--device", &device, "where to run").choices({"cpu", "reference"});
-    o.add("--dtype", &dtype, "compute dtype on the CPU; the reference runs in f64")
-        .choices({"f32", "bf16", "f16"});
+    compute.declare(o);
     o.add("--muon-dtype", &muon_dtype,
           "dtype of Muon's iterations; auto: bf16 when computing in bf16, else f32")
         .choices({"auto", "bf16", "f32"});
-    o.add("--threads", &threads, "CPU threads").at_least(1);
     o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
     o.add("--runs", &runs, "folder that holds run folders").not_recorded();
     o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
@@ -41,10 +38,8 @@ int verify_golden_command(const Words& words) {
                   "Compare a model with tensors that the reference systems produced.");
   c.declare(options);
   if (!options.parse(words)) return 0;
-  set_num_threads(static_cast<int>(c.threads));
-  const auto backend = make_backend(c.device);
-  const bool reference = c.device == "reference";
-  GoldenOptions golden{reference ? DType::f64 : parse_dtype(c.dtype), {}};
+  const auto backend = c.compute.open();
+  GoldenOptions golden{c.compute.compute_dtype(), {}};
   if (c.muon_dtype != "auto") golden.muon_dtype = parse_dtype(c.muon_dtype);
 
   std::vector<Check> checks;
@@ -74,12 +69,11 @@ int verify_golden_command(const Words& words) {
 }  // namespace
 
 int cmd_verify(const Words& words) {
-  if (!words.empty() && words[0] == "golden") return verify_golden_command({words.begin() + 1, words.end()});
-  if (!words.empty() && (words[0] == "--help" || words[0] == "-h")) {
-    fmt::print("usage: flexchat verify golden FILE... [options]\n");
-    return 0;
-  }
-  fail("flexchat verify: {}; allowed: golden", words.empty() ? "what?" : "unknown check '" + words[0] + "'");
+  return run_subcommand(
+      "verify",
+      {{"golden", verify_golden_command, "a model against tensors of the reference systems"},
+       {"attention", verify_attention_command, "programmable attention against double"}},
+      words);
 }
 
 }  // namespace flexchat

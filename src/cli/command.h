@@ -13,9 +13,21 @@ int cmd_train(const Words& words);
 int cmd_generate(const Words& words);
 int cmd_eval(const Words& words);
 int cmd_verify(const Words& words);
+int verify_attention_command(const Words& words);
 int cmd_tokenizer(const Words& words);
 int cmd_bench(const Words& words);
+int bench_attention(const Words& words);
+int bench_train(const Words& words);
+int bench_loss(const Words& words);
 int cmd_info(const Words& words);
 int cmd_mask(const Words& words);
+
+// The second word of a command with several: picks one, prints --help, or says what is allowed.
+struct Subcommand {
+  const char* name;
+  int (*run)(const Words& words);
+  const char* summary;
+};
+int run_subcommand(const char* command, const std::vector<Subcommand>& known, const Words& words);
 
 }  // namespace flexchat

@@ -25,7 +25,7 @@ constexpr Command kCommands[] = {
     {"generate", cmd_generate, "continue a prompt with a trained model"},
     {"eval", cmd_eval, "evaluate a model: eval bpb"},
     {"tokenizer", cmd_tokenizer, "train, use and evaluate a tokenizer"},
-    {"verify", cmd_verify, "check numerics against references: verify golden"},
+    {"verify", cmd_verify, "check numerics against references: verify golden, verify attention"},
     {"bench", cmd_bench, "measure speed and memory"},
     {"mask", cmd_mask, "count and draw the blocks that a mask expression visits"},
     {"info", cmd_info, "build, processor, devices, kernels that can run here"},

@@ -4,16 +4,16 @@
 #include <memory>
 #include <string>
 
+#include "backend/device_options.h"
 #include "base/options.h"
 #include "engine/load_model.h"
 
 namespace flexchat {
 
 struct ModelOptions {
-  std::string model, tokenizer, device = "cpu", dtype = "f32";
-  int64_t threads;
+  std::string model, tokenizer;
+  DeviceOptions compute;
 
-  ModelOptions();
   void declare(Options& o);
 
   struct Opened {

@@ -1,8 +1,10 @@
 #include "report/devices.h"
 
 #include <dnnl.hpp>
+#include <nlohmann/json.hpp>
+#include <sstream>
 
-#include "base/error.h"
+#include "backend/cuda_loader.h"
 #include "report/environment.h"
 
 namespace flexchat {
@@ -50,8 +52,21 @@ std::vector<KernelRow> kernel_table() {
   rows.push_back({"cpu", "element-wise, reductions", "f32, bf16, f16", "any processor", true,
                   "Highway " + highway_target()});
   rows.push_back({"reference", "every op", "f64", "any processor", true, "plain C++ in double precision"});
-  rows.push_back({"cuda", "every op", "f32, bf16, f16", "a CUDA build", false, "not built"});
+  const bool cuda = cuda_available();
+  rows.push_back({"cuda", "every op", "f32, bf16, f16", "an NVIDIA GPU, sm_80 or later", cuda,
+                  cuda ? "cuBLASLt, own kernels" : "no usable device"});
   return rows;
+}
+
+std::vector<Json> cuda_accelerators() {
+  std::vector<Json> devices;
+  std::istringstream lines(cuda_devices());
+  for (std::string line; std::getline(lines, line);) {
+    devices.push_back(Json{{"device", "cuda:" + std::to_string(devices.size())},
+                           {"name", line.substr(0, line.find(", sm_"))},
+                           {"description", line}});
+  }
+  return devices;
 }
 
 }  // namespace flexchat

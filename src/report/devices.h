@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "base/options.h"
+
 namespace flexchat {
 
 struct KernelRow {
@@ -15,5 +17,9 @@ struct KernelRow {
   std::string how;  // which implementation was picked, or what is missing
 };
 std::vector<KernelRow> kernel_table();
+
+// {"device": "cuda:0", "name": "NVIDIA H200", "description": the line of cuda_devices()} for each CUDA
+// device; for capture_environment(). Opens the CUDA library.
+std::vector<Json> cuda_accelerators();
 
 }  // namespace flexchat

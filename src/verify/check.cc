@@ -13,18 +13,21 @@ namespace flexchat {
 Check compare(std::string name, const Tensor& got, const Tensor& want, std::string measure, double limit) {
   check(got.numel() == want.numel(), "{}: computed {} but expected {}", name, shape_string(got.shape()),
         shape_string(want.shape()));
-  Check c{std::move(name), 0, 0, std::move(measure), limit, false};
+  Check c{std::move(name), 0, 0, 0, std::move(measure), limit, false};
   double error = 0, size = 0;
   bool finite = true;
   for (int64_t i = 0; i < got.numel(); ++i) {
-    const double g = got.get(i), w = want.get(i), d = std::abs(g - w);
+    const double g = got.get(i), w = want.get(i);
+    if (g == w && std::isinf(g)) continue;
+    const double d = std::abs(g - w);
     finite = finite && std::isfinite(g) && std::isfinite(w);
     c.max_abs = std::max(c.max_abs, d);
+    c.mean_abs += d / static_cast<double>(got.numel());
     error += d * d;
     size += w * w;
   }
   c.max_rel = size > 0 ? std::sqrt(error / size) : std::sqrt(error);
-  if (!finite) c.max_abs = c.max_rel = std::numeric_limits<double>::quiet_NaN();
+  if (!finite) c.max_abs = c.mean_abs = c.max_rel = std::numeric_limits<double>::quiet_NaN();
   c.pass = (c.measure == "max_abs" ? c.max_abs : c.max_rel) <= limit;
   return c;
 }
@@ -34,6 +37,7 @@ Json checks_to_json(const std::vector<Check>& checks) {
   for (const Check& c : checks) {
     out.push_back({{"check", c.name},
                    {"max_abs", c.max_abs},
+                   {"mean_abs", c.mean_abs},
                    {"max_rel", c.max_rel},
                    {"limit", fmt::format("{} <= {:.3g}", c.measure, c.limit)},
                    {"pass", c.pass}});
@@ -42,10 +46,11 @@ Json checks_to_json(const std::vector<Check>& checks) {
 }
 
 std::string checks_table(const std::vector<Check>& checks) {
-  Table table({"check", "max_abs", "max_rel", "limit", "pass"});
+  Table table({"check", "max_abs", "mean_abs", "max_rel", "limit", "pass"});
   for (const Check& c : checks) {
-    table.row({c.name, fmt::format("{:.2e}", c.max_abs), fmt::format("{:.2e}", c.max_rel),
-               fmt::format("{} <= {:.3g}", c.measure, c.limit), c.pass ? "pass" : "FAIL"});
+    table.row({c.name, fmt::format("{:.2e}", c.max_abs), fmt::format("{:.2e}", c.mean_abs),
+               fmt::format("{:.2e}", c.max_rel), fmt::format("{} <= {:.3g}", c.measure, c.limit),
+               c.pass ? "pass" : "FAIL"});
   }
   return table.text();
 }

@@ -12,13 +12,15 @@ namespace flexchat {
 struct Check {
   std::string name;     // "grad.lm_head.weight"
   double max_abs = 0;   // largest |got - want|
+  double mean_abs = 0;  // mean |got - want|
   double max_rel = 0;   // relative error of the whole tensor: |got - want|_2 / |want|_2
   std::string measure;  // which of the two the limit is on: "max_abs" or "max_rel"
   double limit = 0;
   bool pass = false;  // NaN never passes
 };
 
-// Both in host memory, any dtypes, the same number of elements (Error otherwise).
+// Infinities of the same sign are equal. Both in host memory, any dtypes, the same number of elements (Error
+// otherwise).
 Check compare(std::string name, const Tensor& got, const Tensor& want, std::string measure, double limit);
 
 Json checks_to_json(const std::vector<Check>& checks);

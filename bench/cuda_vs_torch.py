@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""flexchat beside PyTorch on one GPU, in one run: attention, loss, whole training steps.
+
+usage: bench/cuda_vs_torch.py --peers torch_peers.py --out FILE.json [--program build/cuda/flexchat] SECTION...
+sections: attn loss train. The peers script prints and saves what PyTorch reaches on the same shapes.
+Each row of the result: ours, PyTorch's best or named peer, and the ratio in favour of ours.
+"""
+import argparse, json, os, subprocess, sys, tempfile
+
+ATTENTION = {  # the peers' names of shapes
+    "b8_t2048_h10_d128": "8x10x10x2048x128", "b2_t8192_h16_d128": "2x16x16x8192x128",
+    "b1_t16384_h16_d128": "1x16x16x16384x128", "b4_t4096_h16kv4_d64": "4x16x4x4096x64",
+    "b8_t512_h8kv4_d64": "8x8x4x512x64",
+}
+LOSS = [(16384, 1280, 32768), (16384, 1280, 65536), (8192, 2048, 65536)]
+TRAIN = [(20, 8, 1024), (20, 32, 2048), (32, 8, 2048)]
+
+
+def ours(program, *words):
+    command = [program, *words, "--json"]
+    print("$", " ".join(command), flush=True)
+    with tempfile.TemporaryDirectory() as runs:
+        done = subprocess.run([*command, "--runs", runs], capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stderr.strip()[-2000:], flush=True)
+        return None
+    return json.loads(done.stdout)
+
+
+def peers(script, section):
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "peers.json")
+        done = subprocess.run([sys.executable, script, section, "--json", out])
+        if done.returncode != 0 or not os.path.exists(out):
+            return {}
+        return json.load(open(out))
+
+
+class Result:
+    def __init__(self):
+        self.rows, self.raw = [], {}
+
+    def add(self, name, value, unit, peer, peer_value, higher_is_better=True):
+        if value is None or peer_value is None:
+            ratio = None
+        else:
+            ratio = value / peer_value if higher_is_better else peer_value / value
+        self.rows.append({"name": name, "flexchat": value, "unit": unit, "peer": peer, "peer_value": peer_value,
+                          "ratio": ratio})
+        show = lambda x: "-" if x is None else f"{x:.4g}"
+        print(f"{name:52s} {show(value):>10s} {unit:8s} {peer:16s} {show(peer_value):>10s}  {show(ratio):>6s}x", flush=True)
+
+
+def attention(result, program, script):
+    torch = peers(script, "attn")
+    mods = ["sdpa", "flex", "synaptic"]
+    mine = ours(program, "bench", "attention", "--device", "cuda", "--dtype", "bf16", "--mods", *mods, "--shapes",
+                *ATTENTION.values())
+    result.raw["attention"] = {"torch": torch, "flexchat": mine}
+    rows = {(r["shape"], r["mod"]): r for r in (mine or {"rows": []})["rows"]}
+    for name, shape in ATTENTION.items():
+        for way, key in [("fwd", "forward_tflops"), ("bwd", "backward_tflops")]:
+            get = lambda mod: rows.get((shape, mod), {}).get(key)
+            for peer in ["fa2", "cudnn"]:
+                result.add(f"attention {way} {name} sdpa", get("sdpa"), "TFLOP/s", peer, torch.get(f"attn_{way}_{name}_{peer}_TFLOPs"))
+            result.add(f"attention {way} {name} flex", get("flex"), "TFLOP/s", "flexchat sdpa", get("sdpa"))
+            result.add(f"attention {way} {name} flex", get("flex"), "TFLOP/s", "torch flex", torch.get(f"attn_{way}_{name}_flex_TFLOPs"))
+            result.add(f"attention {way} {name} synaptic", get("synaptic"), "TFLOP/s", "torch flex", torch.get(f"attn_{way}_{name}_flex_synaptic_TFLOPs"))
+
+
+def loss(result, program, script):
+    torch = peers(script, "loss")
+    result.raw["loss"] = {"torch": torch}
+    for n, c, v in LOSS:
+        for backend in ["full", "chunked", "cce"]:
+            mine = ours(program, "bench", "loss", "--device", "cuda", "--dtype", "bf16", "--loss", backend, "--rows",
+                        str(n), "--width", str(c), "--vocab-size", str(v))
+            result.raw["loss"][f"{n}x{c}x{v} {backend}"] = mine
+            row = (mine or {}).get("rows", [{}])[0]
+            for peer in ["compile", "eager"]:
+                other = torch.get(f"loss_{n}x{c}x{v}_{peer}", {})
+                result.add(f"loss {n}x{c}x{v} {backend}", row.get("fwd_bwd_ms"), "ms", f"torch {peer}", other.get("fwd_bwd_ms"), False)
+            result.add(f"loss {n}x{c}x{v} {backend} memory", row.get("extra_mb"), "MB", "torch compile",
+                       torch.get(f"loss_{n}x{c}x{v}_compile", {}).get("peak_MB"), False)
+
+
+def train(result, program, script):
+    torch = peers(script, "train")
+    result.raw["train"] = {"torch": torch}
+    for depth, batch, tokens in TRAIN:
+        mine = ours(program, "bench", "train", "--device", "cuda", "--dtype", "bf16", "--depth", str(depth), "--sweep",
+                    f"b={batch} t={tokens}")
+        result.raw["train"][f"d{depth} b{batch} t{tokens}"] = mine
+        row = (mine or {}).get("rows", [{}])[0]
+        other = torch.get(f"train_d{depth}_b{batch}_t{tokens}_v65536_compile", {})
+        name = f"train d{depth} B{batch} T{tokens}"
+        result.add(name, row.get("tok_s"), "tok/s", "torch compile", other.get("tok_s"))
+        result.add(name + " peak", row.get("peak_gb"), "GB", "torch compile", other.get("peak_GB", 0) * 2**30 / 1e9 or None, False)
+        result.add(name + " first step", row.get("first_step_s"), "s", "torch compile", other.get("first_4_steps_s"), False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--program", default="build/cuda/flexchat")
+    parser.add_argument("sections", nargs="+", choices=["attn", "loss", "train"])
+    args = parser.parse_args()
+    result = Result()
+    for section in args.sections:
+        {"attn": attention, "loss": loss, "train": train}[section](result, args.program, args.peers)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
+        with open(args.out, "w") as f:  # after each section: what is measured is kept
+            json.dump({"command": "bench/cuda_vs_torch.py " + " ".join(args.sections), "commit": commit, "dirty": dirty,
+                       "rows": result.rows, "raw": result.raw}, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

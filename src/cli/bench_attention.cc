@@ -1,0 +1,235 @@
+// flexchat bench attention: time and memory of attention, forward and backward, by shape, mod and kernel.
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "backend/device_options.h"
+#include "backend/timing.h"
+#include "base/error.h"
+#include "base/options.h"
+#include "base/strings.h"
+#include "cli/command.h"
+#include "flex/mods.h"
+#include "report/environment.h"
+#include "report/run_folder.h"
+#include "report/table.h"
+
+namespace flexchat {
+namespace {
+
+using flex::Axis;
+using flex::Capture;
+
+// "8x10x10x2048x128": batch, query heads, key heads, tokens, head dim; with a sixth number,
+// "64x16x4x1x4096x128", queries and keys.
+AttentionShape parse_shape(const std::string& text) {
+  std::vector<int64_t> n;
+  std::istringstream words(text);
+  for (std::string word; std::getline(words, word, 'x');) {
+    int64_t value = 0;
+    const auto [rest, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+    const bool whole = error == std::errc() && rest == word.data() + word.size();
+    n.push_back(whole ? value : 0);
+  }
+  const bool positive = std::all_of(n.begin(), n.end(), [](int64_t x) { return x > 0; });
+  check(positive && (n.size() == 5 || n.size() == 6),
+        "--shapes: '{}' is not of the form BxHxGxTxD or BxHxGxTqxTkvxD", text);
+  AttentionShape s;
+  s.batch = n[0];
+  s.n_head = n[1];
+  s.n_kv_head = n[2];
+  s.q_len = n[3];
+  s.kv_len = n[n.size() - 2];
+  s.head_dim = n.back();
+  if (s.kv_len != s.q_len) s.q_offsets.assign(static_cast<size_t>(s.batch), s.kv_len - s.q_len);
+  s.check();
+  return s;
+}
+
+Tensor uniform(Backend& backend, Shape shape, DType dtype, double low, double high, uint64_t stream) {
+  const Tensor wide = backend.empty(shape, backend.master_dtype());
+  backend.draw({Distribution::uniform, low, high}, 1, stream, wide);
+  if (dtype == wide.dtype()) return wide;
+  const Tensor t = backend.empty(std::move(shape), dtype);
+  backend.copy(wide, t);
+  return t;
+}
+
+const std::vector<std::string>& mod_names() {
+  static const std::vector<std::string> names = {"sdpa",  "flex",    "window",   "documents",
+                                                 "alibi", "softcap", "synaptic", "none"};
+  return names;
+}
+
+// All are causal, but "none".
+AttentionSpec spec_of(const std::string& mod, const AttentionShape& s, Backend& backend) {
+  AttentionSpec spec;
+  spec.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
+  const auto v = flex::variables();
+  if (mod == "none") return spec;
+  if (mod == "flex" || mod == "window" || mod == "documents") {
+    spec.mask = flex::causal();
+    if (mod == "window") spec.mask = flex::causal() && flex::window(1024);
+    if (mod == "documents") {
+      const Tensor ids(host_arena(), {s.kv_len}, DType::i32);
+      for (int64_t i = 0; i < s.kv_len; ++i)
+        ids.set(i, static_cast<double>(i / std::max<int64_t>(s.kv_len / 8, 1)));
+      spec.mask = flex::causal() && flex::document(Capture("doc", {Axis::pos}, flex::Type::integer));
+      spec.bindings.set("doc", ids);
+    }
+    return spec;
+  }
+  spec.causal = true;
+  if (mod == "alibi") {
+    spec.score_mod = flex::alibi(Capture("slope", {Axis::h}));
+    spec.bindings.set("slope", uniform(backend, {s.n_head}, DType::f32, 0.01, 0.5, 50));
+  } else if (mod == "softcap") {
+    spec.score_mod = flex::softcap(30);
+  } else if (mod == "synaptic") {  // release probability and distance penalty of the Synaptic GPT
+    const Capture kf("kf", {Axis::b, Axis::h, Axis::kv}), amp("amp", {Axis::b, Axis::h, Axis::kv});
+    const flex::Expr release = kf(v.b, v.h, v.kv) * flex::sigmoid(v.score) * amp(v.b, v.h, v.kv) / 1.01;
+    spec.score_mod = v.score + flex::log(release + 1e-6) - 0.1 * flex::abs(v.q - v.kv) / v.n_kv;
+    spec.bindings.set("kf", uniform(backend, {s.batch, s.n_head, s.kv_len}, DType::f32, 0.5, 1.5, 51));
+    spec.bindings.set("amp", uniform(backend, {s.batch, s.n_head, s.kv_len}, DType::f32, 0.5, 1.5, 52));
+  }
+  return spec;
+}
+
+struct Row {
+  std::string kernel, reason;
+  double plan_ms = 0, forward_ms = 0, backward_ms = 0;
+  double forward_flops = 0;  // products only; of the visible half where causal
+  double bytes = 0;          // q, k, v and out once
+  double extra_mb = 0;       // memory above inputs and outputs
+};
+
+// Causal attention counts half of the square, as the field does; the other masks are timed but not counted.
+double product_flops(const std::string& mod, const AttentionShape& s) {
+  if (mod == "window" || mod == "documents") return 0;
+  const auto q = static_cast<double>(s.q_len), kv = static_cast<double>(s.kv_len);
+  const double visible = mod == "none" ? q * kv : q * (kv - q) + q * q / 2;
+  return 4 * static_cast<double>(s.batch * s.n_head * s.head_dim) * visible;
+}
+
+Row time_attention(Backend& backend, const AttentionShape& s, const std::string& mod, DType dtype,
+                   const std::string& kernel, bool backward, int repeats) {
+  const AttentionSpec spec = spec_of(mod, s, backend);
+  const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
+  const auto random = [&](int64_t tokens, int64_t width, uint64_t stream) {
+    return uniform(backend, {s.batch, tokens, width}, dtype, -1.7, 1.7, stream);
+  };
+  const Tensor q = random(s.q_len, q_width, 1), k = random(s.kv_len, kv_width, 2),
+               v = random(s.kv_len, kv_width, 3);
+  const Tensor dout = random(s.q_len, q_width, 4);
+  const Tensor out = backend.empty(q.shape(), dtype), dq = backend.empty(q.shape(), dtype);
+  const Tensor dk = backend.empty(k.shape(), dtype), dv = backend.empty(v.shape(), dtype);
+  const Tensor lse = backend.empty({s.batch, s.n_head, s.q_len}, backend.master_dtype());
+  backend.synchronize();
+  const size_t before = backend.arena().stats().in_use;
+  backend.arena().reset_peak();
+  Row row;
+  auto plan = backend.plan_attention(s, spec, kernel);  // the first may compile
+  row.plan_ms = 1e3 * median_seconds(
+                          backend, [&] { plan = backend.plan_attention(s, spec, kernel); }, 5, 0);
+  row.kernel = plan->kernel();
+  row.reason = plan->reason();
+  const AttentionTensors io{heads_view(q), heads_view(k), heads_view(v), heads_view(out), &lse, nullptr};
+  row.forward_ms = 1e3 * median_seconds(
+                             backend, [&] { backend.attention(*plan, io); }, repeats);
+  if (backward) {
+    const AttentionGradients grads{heads_view(dout), nullptr,        heads_view(dq),
+                                   heads_view(dk),   heads_view(dv), {}};
+    row.backward_ms = 1e3 * median_seconds(
+                                backend, [&] { backend.attention_backward(*plan, io, grads); }, repeats);
+  }
+  row.extra_mb = static_cast<double>(backend.arena().stats().peak - before) / 1e6;
+  row.forward_flops = product_flops(mod, s);
+  row.bytes = static_cast<double>(2 * q.bytes() + k.bytes() + v.bytes());
+  return row;
+}
+
+struct AttentionBench {
+  DeviceOptions compute;
+  std::vector<std::string> shapes, mods = {"sdpa", "flex", "synaptic"};
+  std::string kernel = "auto", run_id, runs = "runs";
+  int64_t repeats = 15;
+  bool no_backward = false, json = false;
+
+  void declare(Options& o) {
+    o.add("--shapes", &shapes,
+          "BxHxGxTxD (G key heads), or BxHxGxTqxTkvxD (default: one that fits the device)");
+    o.add("--mods", &mods,
+          "of " + join(mod_names()) + "; sdpa: built-in causal, flex: the same as an expression");
+    o.add("--kernel", &kernel, "attention kernel");
+    o.add("--repeats", &repeats, "samples; the median counts").at_least(1);
+    o.add("--no-backward", &no_backward, "forward only");
+    compute.declare(o);
+    o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
+    o.add("--runs", &runs, "folder that holds run folders").not_recorded();
+    o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+  }
+};
+
+}  // namespace
+
+int bench_attention(const Words& words) {
+  AttentionBench c;
+  Options options("flexchat bench attention", "Time and memory of attention, forward and backward.");
+  c.declare(options);
+  if (!options.parse(words)) return 0;
+  for (const std::string& mod : c.mods) {
+    check(std::find(mod_names().begin(), mod_names().end(), mod) != mod_names().end(),
+          "--mods: unknown '{}'{}; allowed: {}", mod, did_you_mean(mod, mod_names()), join(mod_names()));
+  }
+  const auto backend = c.compute.open();
+  if (c.shapes.empty()) c.shapes = {backend->arena().host() ? "1x8x8x1024x64" : "8x10x10x2048x128"};
+  Json rows = Json::array();
+  Table table(
+      {"shape", "mod", "kernel", "plan ms", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "extra MB"});
+  for (const std::string& text : c.shapes) {
+    const AttentionShape shape = parse_shape(text);
+    const bool backward = !c.no_backward && shape.q_len == shape.kv_len;
+    for (const std::string& mod : c.mods) {
+      const Row r = time_attention(*backend, shape, mod, c.compute.compute_dtype(), c.kernel, backward,
+                                   static_cast<int>(c.repeats));
+      const double forward = r.forward_flops / r.forward_ms / 1e9;
+      const double back = backward ? 2.5 * r.forward_flops / r.backward_ms / 1e9 : 0;
+      const auto number = [](double x, const char* format) {
+        return x > 0 ? fmt::format(fmt::runtime(format), x) : std::string("-");
+      };
+      table.row({text, mod, r.kernel, number(r.plan_ms, "{:.3f}"), number(r.forward_ms, "{:.3f}"),
+                 number(forward, "{:.3g}"), number(r.backward_ms, "{:.3f}"), number(back, "{:.3g}"),
+                 number(r.extra_mb, "{:.1f}")});
+      rows.push_back({{"shape", text},
+                      {"mod", mod},
+                      {"kernel", r.kernel},
+                      {"reason", r.reason},
+                      {"plan_ms", r.plan_ms},
+                      {"forward_ms", r.forward_ms},
+                      {"forward_tflops", forward},
+                      {"forward_tb_s", r.bytes / r.forward_ms / 1e9},
+                      {"backward_ms", backward ? Json(r.backward_ms) : Json(nullptr)},
+                      {"backward_tflops", backward ? Json(back) : Json(nullptr)},
+                      {"extra_mb", r.extra_mb}});
+    }
+  }
+  const Json summary = {{"result", "done"},
+                        {"repro", command_line()},
+                        {"device", backend->name()},
+                        {"options", options.to_json()},
+                        {"rows", rows}};
+  const RunFolder run = RunFolder::create("bench", c.run_id, RunMode::fresh, c.runs);
+  run.write_summary(summary);
+  if (c.json) {
+    fmt::print("{}\n", summary.dump(2));
+  } else {
+    fmt::print("{}run folder {}\n", table.text(), run.path().string());
+  }
+  return 0;
+}
+
+}  // namespace flexchat

@@ -1,0 +1,167 @@
+// flexchat verify attention: the certificate, or any expression against double.
+#include <fmt/core.h>
+
+#include <nlohmann/json.hpp>
+
+#include "backend/device_options.h"
+#include "base/error.h"
+#include "base/options.h"
+#include "base/progress.h"
+#include "cli/command.h"
+#include "flex/parse.h"
+#include "flex/tensor_text.h"
+#include "report/environment.h"
+#include "report/run_folder.h"
+#include "verify/attention_suite.h"
+
+namespace flexchat {
+namespace {
+
+struct VerifyAttention {
+  DeviceOptions compute;
+  bool suite = false;
+  std::optional<std::string> mask, score_mod;
+  std::vector<std::string> tensors, differentiable;
+  int64_t batch = 2, n_head = 4, n_kv_head = 2, q_len = 70, head_dim = 64;
+  std::optional<int64_t> kv_len;
+  int64_t q_offset = 0, random = 0, seed = 1, repeats = 20;
+  std::string kernel = "all", run_id, runs = "runs";
+  bool json = false;
+
+  void declare(Options& o) {
+    o.add("--suite", &suite, "every case of the certificate; the default unless a mod is given");
+    o.add("--mask", &mask, "check this mask, e.g. \"causal && window(256)\"").group("Your own mod");
+    o.add("--score-mod", &score_mod, "check this score mod, e.g. \"score - slope[h]*(q - kv)\"")
+        .group("Your own mod");
+    o.add("--tensor", &tensors, "a captured tensor, e.g. \"slope[h]=0.5,0.25,0.1,0.05\"; may repeat")
+        .group("Your own mod");
+    o.add("--differentiable", &differentiable, "names of captured tensors whose gradients are checked too")
+        .group("Your own mod");
+    const auto size = [&](const char* name, Option::Target target, const char* help, int64_t least) {
+      o.add(name, target, help).at_least(static_cast<double>(least)).at_most(4096).group("Your own mod");
+    };
+    size("--batch", &batch, "batch rows", 1);
+    size("--n-head", &n_head, "query heads", 1);
+    size("--n-kv-head", &n_kv_head, "key heads", 1);
+    size("--q-len", &q_len, "queries", 0);
+    size("--kv-len", &kv_len, "keys (default: as far as the queries reach)", 0);
+    size("--q-offset", &q_offset, "position of the first query", 0);
+    size("--head-dim", &head_dim, "channels of a head", 1);
+    o.add("--random", &random, "random cases on top").at_least(0).group("Random cases");
+    o.add("--seed", &seed, "of the first random case").at_least(0).group("Random cases");
+    o.add("--repeats", &repeats, "backwards that must give the same bits").at_least(2);
+    o.add("--kernel", &kernel, "attention kernel, or all that can run here");
+    compute.declare(o);
+    o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
+    o.add("--runs", &runs, "folder that holds run folders").not_recorded();
+    o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+  }
+
+  std::vector<AttentionCase> own_cases() const {
+    AttentionShape shape;
+    shape.batch = batch;
+    shape.n_head = n_head;
+    shape.n_kv_head = n_kv_head;
+    shape.q_len = q_len;
+    shape.kv_len = kv_len.value_or(q_offset + q_len);
+    shape.head_dim = head_dim;
+    if (q_offset > 0) shape.q_offsets.assign(static_cast<size_t>(batch), q_offset);
+    shape.check();
+    AttentionSpec spec;
+    std::vector<flex::Capture> captures;
+    for (const std::string& text : tensors) {
+      const flex::Capture c = flex::bind_tensor_text(text, shape.extent(), spec.bindings);
+      const bool wanted =
+          std::find(differentiable.begin(), differentiable.end(), c.name()) != differentiable.end();
+      captures.emplace_back(c.name(), c.axes(), c.type(), wanted);
+    }
+    try {
+      if (mask) spec.mask = flex::parse_mask(*mask, captures);
+      if (score_mod) spec.score_mod = flex::parse_score_mod(*score_mod, captures);
+    } catch (const flex::ParseError& e) {
+      fail("{}", e.what());
+    }
+    return attention_cases_of(spec, shape);
+  }
+};
+
+void print_result(const std::vector<Check>& checks, bool own) {
+  // A long table hides what matters: of the certificate, the worst of each measure per case would still be
+  // hundreds of lines, so passing checks are shown only when there are few.
+  std::vector<Check> shown;
+  for (const Check& c : checks) {
+    if (own || checks.size() <= 80 || !c.pass) shown.push_back(c);
+  }
+  if (!shown.empty()) fmt::print("{}", checks_table(shown));
+}
+
+}  // namespace
+
+int verify_attention_command(const Words& words) {
+  VerifyAttention c;
+  Options options(
+      "flexchat verify attention",
+      "Check programmable attention against double: every feature, forward and backward, or your own mod.");
+  c.declare(options);
+  if (!options.parse(words)) return 0;
+  const bool own = c.mask || c.score_mod;
+  const auto backend = c.compute.open();
+  const DType dtype = c.compute.compute_dtype();
+  std::vector<std::string> kernels = {c.kernel};
+  if (c.kernel == "all") kernels = backend->attention_kernels();
+
+  std::vector<AttentionCase> cases;
+  if (own) cases = c.own_cases();
+  if (c.suite || !own) {
+    const std::vector<AttentionCase> suite = attention_suite();
+    cases.insert(cases.end(), suite.begin(), suite.end());
+  }
+  for (int64_t i = 0; i < c.random; ++i)
+    cases.push_back(random_attention_case(static_cast<uint64_t>(c.seed + i)));
+
+  std::vector<Check> checks;
+  Progress progress("verify", static_cast<int64_t>(cases.size() * kernels.size()), "cases");
+  int64_t done = 0;
+  for (const std::string& kernel : kernels) {
+    for (const AttentionCase& one : cases) {
+      for (Check k : check_attention(one, *backend, dtype, kernel)) {
+        if (kernels.size() > 1) k.name = kernel + ": " + k.name;
+        checks.push_back(std::move(k));
+      }
+      progress.update(++done);
+    }
+    if (own && !c.suite) continue;
+    checks.push_back(check_pages_bit_for_bit(*backend, dtype, kernel));
+    checks.push_back(check_backward_repeats(*backend, dtype, kernel, static_cast<int>(c.repeats)));
+  }
+  if (c.suite || !own) {
+    for (Check k : check_models(*backend, dtype)) checks.push_back(std::move(k));
+  }
+  progress.finish();
+
+  const bool pass = all_pass(checks);
+  int64_t failed = 0;
+  for (const Check& k : checks) failed += k.pass ? 0 : 1;
+  const RunFolder run = RunFolder::create("verify", c.run_id, RunMode::fresh, c.runs);
+  Json summary = {{"result", pass ? "pass" : "fail"},
+                  {"repro", command_line()},
+                  {"device", backend->name()},
+                  {"kernels", kernels},
+                  {"cases", cases.size()},
+                  {"checks_run", checks.size()},
+                  {"checks_failed", failed},
+                  {"options", options.to_json()},
+                  {"checks", checks_to_json(checks)}};
+  run.write_summary(summary);
+  if (c.json) {
+    summary["run"] = run.path().string();
+    fmt::print("{}\n", summary.dump(2));
+  } else {
+    print_result(checks, own);
+    fmt::print("{} checks of {} cases, {} failed; run folder {}\n", checks.size(), cases.size(), failed,
+               run.path().string());
+  }
+  return pass ? 0 : 1;
+}
+
+}  // namespace flexchat

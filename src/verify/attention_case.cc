@@ -1,0 +1,282 @@
+#include "verify/attention_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "base/error.h"
+#include "base/rng.h"
+#include "flex/program.h"
+
+namespace flexchat {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+double rounded(double x, DType dtype) {
+  if (dtype == DType::bf16) return static_cast<double>(to_float(to_bf16(static_cast<float>(x))));
+  if (dtype == DType::f16) return static_cast<double>(to_float(to_f16(static_cast<float>(x))));
+  return static_cast<double>(static_cast<float>(x));
+}
+
+int64_t length_of(const std::vector<int64_t>& lens, int64_t b, int64_t longest) {
+  return lens.empty() ? longest : lens[static_cast<size_t>(b)];
+}
+
+// (B, T, width) of unit normals or numbers in [-1, 1); rows past lens[b] are NaN.
+enum class Draw : bool { normal, unit };
+Tensor random_rows(Rng& rng, Draw draw, const AttentionShape& s, const std::vector<int64_t>& lens,
+                   int64_t longest, int64_t width, DType inputs) {
+  const Tensor t(host_arena(), {s.batch, longest, width}, DType::f64);
+  for (int64_t b = 0, i = 0; b < s.batch; ++b) {
+    const int64_t length = length_of(lens, b, longest);
+    for (int64_t row = 0; row < longest; ++row) {
+      for (int64_t c = 0; c < width; ++c, ++i) {
+        const double x =
+            draw == Draw::normal
+                ? rng.normal()
+                : 2 * rng.uniform() - 1;  // drawn for pads too: lengths must not change the other numbers
+        t.set(i, row < length ? rounded(x, inputs) : kNan);
+      }
+    }
+  }
+  return t;
+}
+
+struct Inputs {
+  Tensor q, k, v, dout, dlse;
+};
+
+Inputs make_inputs(const AttentionCase& c, DType inputs) {
+  const AttentionShape& s = c.shape;
+  Rng rng(c.seed, /*stream=*/7);
+  const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
+  Inputs x;
+  x.q = random_rows(rng, Draw::normal, s, s.q_lens, s.q_len, q_width, inputs);
+  x.k = random_rows(rng, Draw::normal, s, s.kv_lens, s.kv_len, kv_width, inputs);
+  x.v = random_rows(rng, Draw::unit, s, s.kv_lens, s.kv_len, kv_width, inputs);
+  x.dout = random_rows(rng, Draw::normal, s, s.q_lens, s.q_len, q_width, inputs);
+  x.dlse = Tensor(host_arena(), {s.batch, s.n_head, s.q_len}, DType::f64);
+  for (int64_t i = 0; i < x.dlse.numel(); ++i) {
+    const int64_t b = i / (s.n_head * s.q_len), row = i % s.q_len;
+    const double d = rounded(rng.normal(), DType::f32);
+    x.dlse.set(i, row < length_of(s.q_lens, b, s.q_len) ? d : kNan);
+  }
+  return x;
+}
+
+// A tensor in the backend's memory, all NaN at first.
+class Side {
+ public:
+  Side(Backend& backend, DType dtype) : backend_(backend), dtype_(dtype) {}
+
+  Tensor put(const Tensor& host) const { return put(host, dtype_); }
+  Tensor put(const Tensor& host, DType dtype) const {
+    const Tensor t = backend_.empty(host.shape(), dtype);
+    backend_.copy(host, t);
+    return t;
+  }
+  Tensor unwritten(Shape shape) const { return unwritten(std::move(shape), dtype_); }
+  Tensor unwritten(Shape shape, DType dtype) const {
+    const Tensor t = backend_.empty(std::move(shape), dtype);
+    backend_.fill(t, kNan);
+    return t;
+  }
+  Backend& backend() const { return backend_; }
+
+ private:
+  Backend& backend_;
+  DType dtype_;
+};
+
+// Keys and values as pools of pages in a random order; pages nobody uses, and the rest of a last page, are
+// NaN.
+struct Pages {
+  Tensor k, v, table;
+};
+Pages make_pages(const AttentionCase& c, const Inputs& x) {
+  const AttentionShape& s = c.shape;
+  const int64_t size = c.spec.page_size, per_row = (s.kv_len + size - 1) / size,
+                width = s.n_kv_head * s.head_dim;
+  const int64_t pool = s.batch * per_row + 3;
+  std::vector<int32_t> order(static_cast<size_t>(pool));
+  std::iota(order.begin(), order.end(), 0);
+  Rng rng(c.seed, /*stream=*/8);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.below(i)]);
+  Pages p{Tensor(host_arena(), {pool, size, width}, DType::f64),
+          Tensor(host_arena(), {pool, size, width}, DType::f64),
+          Tensor(host_arena(), {s.batch, per_row}, DType::i32)};
+  for (int64_t i = 0; i < p.k.numel(); ++i) {
+    p.k.set(i, kNan);
+    p.v.set(i, kNan);
+  }
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t i = 0; i < per_row; ++i)
+      p.table.set(b * per_row + i, order[static_cast<size_t>(b * per_row + i)]);
+    for (int64_t j = 0; j < s.kv_len; ++j) {
+      const int64_t page = order[static_cast<size_t>(b * per_row + j / size)];
+      for (int64_t col = 0; col < width; ++col) {
+        const int64_t to = (page * size + j % size) * width + col, from = (b * s.kv_len + j) * width + col;
+        p.k.set(to, x.k.get(from));
+        p.v.set(to, x.v.get(from));
+      }
+    }
+  }
+  return p;
+}
+
+// Columns [begin, begin + width) of (B, T, row) rows.
+Tensor columns(const Tensor& x, int64_t begin, int64_t width) {
+  const int64_t rows = x.dim(0) * x.dim(1), row = x.dim(2);
+  const Tensor out(host_arena(), {x.dim(0), x.dim(1), width}, x.dtype());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < width; ++i) out.set(r * width + i, x.get(r * row + begin + i));
+  }
+  return out;
+}
+
+Tensor side_by_side(const std::vector<Tensor>& parts) {
+  int64_t row = 0;
+  for (const Tensor& p : parts) row += p.dim(2);
+  const Tensor out(host_arena(), {parts[0].dim(0), parts[0].dim(1), row}, DType::f64);
+  int64_t begin = 0;
+  for (const Tensor& p : parts) {
+    for (int64_t i = 0; i < p.numel(); ++i) out.set(i / p.dim(2) * row + begin + i % p.dim(2), p.get(i));
+    begin += p.dim(2);
+  }
+  return out;
+}
+
+AttentionResults run(const AttentionCase& c, const Inputs& x, Backend& backend, DType dtype,
+                     const std::string& kernel) {
+  const AttentionShape& s = c.shape;
+  const Side side(backend, dtype);
+  const DType master = backend.master_dtype();
+  const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
+  const auto plan = backend.plan_attention(s, c.spec, kernel);
+  AttentionResults r;
+  r.kernel = plan->kernel();
+
+  AttentionTensors io;
+  Tensor q, k, v, table;
+  if (c.fused) {
+    check(s.q_len == s.kv_len && c.spec.page_size == 0, "case {}: one buffer needs as many queries as keys",
+          c.name);
+    q = side.put(side_by_side({x.q, x.k, x.v}));
+    io.q = heads_view(q);
+    io.k = heads_view(q, q_width);
+    io.v = heads_view(q, q_width + kv_width);
+  } else if (c.spec.page_size > 0) {
+    const Pages pages = make_pages(c, x);
+    q = side.put(x.q);
+    k = side.put(pages.k);
+    v = side.put(pages.v);
+    table = side.put(pages.table, DType::i32);
+    io.q = heads_view(q);
+    io.k = heads_view(k);
+    io.v = heads_view(v);
+    io.block_table = &table;
+  } else {
+    q = side.put(x.q);
+    k = side.put(x.k);
+    v = side.put(x.v);
+    io.q = heads_view(q);
+    io.k = heads_view(k);
+    io.v = heads_view(v);
+  }
+  const Tensor out = side.unwritten({s.batch, s.q_len, q_width});
+  const Tensor lse = side.unwritten({s.batch, s.n_head, s.q_len}, master);
+  io.out = heads_view(out);
+  io.lse = &lse;
+  backend.attention(*plan, io);
+  r.out = backend.to_host(out);
+  r.lse = backend.to_host(lse);
+  if (!c.backward) return r;
+
+  AttentionGradients grads;
+  const Tensor dout = side.put(x.dout), dlse = side.put(x.dlse, master);
+  grads.dout = heads_view(dout);
+  if (c.lse_gradient) grads.dlse = &dlse;
+  const int64_t row = c.fused ? q_width + 2 * kv_width : q_width;
+  const Tensor dq = side.unwritten({s.batch, s.q_len, row});
+  const Tensor dk = c.fused ? dq : side.unwritten({s.batch, s.kv_len, kv_width});
+  const Tensor dv = c.fused ? dq : side.unwritten({s.batch, s.kv_len, kv_width});
+  grads.dq = heads_view(dq);
+  grads.dk = heads_view(dk, c.fused ? q_width : 0);
+  grads.dv = heads_view(dv, c.fused ? q_width + kv_width : 0);
+  for (const flex::Capture& capture : differentiable_captures(c.spec)) {
+    grads.captures.emplace_back(capture.name(), side.unwritten(c.spec.bindings.at(capture).shape(), master));
+  }
+  backend.attention_backward(*plan, io, grads);
+  r.dq = backend.to_host(dq);
+  r.dk = backend.to_host(dk);
+  r.dv = backend.to_host(dv);
+  if (c.fused) {
+    r.dk = columns(r.dk, q_width, kv_width);
+    r.dv = columns(r.dv, q_width + kv_width, kv_width);
+    r.dq = columns(r.dq, 0, q_width);
+  }
+  for (const auto& [name, gradient] : grads.captures)
+    r.captures.emplace_back(name, backend.to_host(gradient));
+  return r;
+}
+
+}  // namespace
+
+std::vector<flex::Capture> differentiable_captures(const AttentionSpec& spec) {
+  std::vector<flex::Capture> out;
+  if (!spec.score_mod) return out;
+  for (const flex::Capture& capture : flex::Program({*spec.score_mod}).captures) {
+    if (capture.differentiable()) out.push_back(capture);
+  }
+  return out;
+}
+
+AttentionResults run_attention(const AttentionCase& c, Backend& backend, DType dtype,
+                               const std::string& kernel) {
+  return run(c, make_inputs(c, dtype), backend, dtype, kernel);
+}
+
+AttentionResults reference_attention(const AttentionCase& c, DType dtype) {
+  const auto backend = make_reference_backend();
+  return run(c, make_inputs(c, dtype), *backend, DType::f64, "reference");
+}
+
+AttentionLimits attention_limits(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:  // 8 bits: weights and results are rounded to 2^-9 each
+      return {1.6e-2, 1e-3, 1.2e-2};
+    case DType::f16:
+      return {2e-3, 1e-3, 1.5e-3};
+    case DType::f64:
+      return {1e-14, 1e-13, 1e-13};
+    default:
+      return {5e-7, 2e-6, 2e-6};
+  }
+}
+
+std::vector<Check> check_attention(const AttentionCase& c, Backend& backend, DType dtype,
+                                   const std::string& kernel) {
+  const AttentionResults want = reference_attention(c, dtype);
+  const AttentionResults got = run_attention(c, backend, dtype, kernel);
+  const AttentionLimits limits = attention_limits(dtype);
+  std::vector<Check> checks;
+  const auto add = [&](const std::string& what, const Tensor& a, const Tensor& b, const char* measure,
+                       double limit) {
+    checks.push_back(compare(c.name + " " + what, a, b, measure, limit));
+  };
+  add("out", got.out, want.out, "max_abs", limits.out);
+  add("lse", got.lse, want.lse, "max_abs", limits.lse);
+  if (!c.backward) return checks;
+  add("dq", got.dq, want.dq, "max_rel", limits.gradient);
+  add("dk", got.dk, want.dk, "max_rel", limits.gradient);
+  add("dv", got.dv, want.dv, "max_rel", limits.gradient);
+  for (size_t i = 0; i < want.captures.size(); ++i) {
+    add("d" + want.captures[i].first, got.captures[i].second, want.captures[i].second, "max_rel",
+        limits.gradient);
+  }
+  return checks;
+}
+
+}  // namespace flexchat

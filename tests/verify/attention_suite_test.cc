@@ -1,0 +1,85 @@
+// The certificate itself: it passes on a backend that is right, and fails on one that is not.
+#include "verify/attention_suite.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <set>
+
+namespace flexchat {
+namespace {
+
+void expect_pass(const std::vector<Check>& checks) {
+  for (const Check& c : checks) {
+    EXPECT_TRUE(c.pass) << c.name << ": max_abs " << c.max_abs << ", max_rel " << c.max_rel << ", limit "
+                        << c.limit;
+  }
+}
+
+TEST(AttentionSuite, PassesOnTheCpu) {
+  const auto cpu = make_cpu_backend();
+  std::set<std::string> names;
+  for (const AttentionCase& c : attention_suite()) {
+    EXPECT_TRUE(names.insert(c.name).second) << "two cases named " << c.name;
+    expect_pass(check_attention(c, *cpu, DType::f32));
+  }
+}
+
+TEST(AttentionSuite, ModelsAgree) {
+  const auto cpu = make_cpu_backend();
+  expect_pass(check_models(*cpu, DType::f32));
+}
+
+TEST(AttentionSuite, SameBits) {
+  const auto cpu = make_cpu_backend();
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    expect_pass(
+        {check_pages_bit_for_bit(*cpu, dtype, "auto"), check_backward_repeats(*cpu, dtype, "auto", 5)});
+  }
+}
+
+// FLEXCHAT_FUZZ_CASES=10000 makes this the long run.
+TEST(AttentionSuite, RandomCases) {
+  const char* const count = std::getenv("FLEXCHAT_FUZZ_CASES");
+  const int64_t n = count ? std::atoll(count) : 60;
+  const auto cpu = make_cpu_backend();
+  for (int64_t seed = 1; seed <= n; ++seed) {
+    const AttentionCase c = random_attention_case(static_cast<uint64_t>(seed));
+    SCOPED_TRACE(c.name);
+    const DType dtype = seed % 3 == 0 ? DType::bf16 : seed % 3 == 1 ? DType::f32 : DType::f16;
+    expect_pass(check_attention(c, *cpu, dtype));
+    if (HasFailure()) return;
+  }
+}
+
+// A wrong scale, a shifted window, another seed of the dropout: each must show.
+TEST(AttentionSuite, AWrongResultFails) {
+  const auto cpu = make_cpu_backend();
+  AttentionCase right;
+  right.name = "right";
+  right.shape.batch = 1;
+  right.shape.n_head = right.shape.n_kv_head = 2;
+  right.shape.q_len = right.shape.kv_len = 40;
+  right.shape.head_dim = 32;
+  right.spec.scale = 0.2;
+  right.spec.causal = true;
+  right.spec.window = 9;
+  right.spec.dropout = 0.1;
+  const AttentionResults want = reference_attention(right, DType::f32);
+  const auto error = [&](const AttentionCase& c) {
+    return compare("out", run_attention(c, *cpu, DType::f32).out, want.out, "max_abs", 5e-7);
+  };
+  EXPECT_TRUE(error(right).pass);
+  AttentionCase wrong = right;
+  wrong.spec.scale = 0.2001;
+  EXPECT_FALSE(error(wrong).pass);
+  wrong = right;
+  wrong.spec.window = 10;
+  EXPECT_FALSE(error(wrong).pass);
+  wrong = right;
+  wrong.spec.dropout_seed = 1;
+  EXPECT_FALSE(error(wrong).pass);
+}
+
+}  // namespace
+}  // namespace flexchat
