@@ -35,6 +35,11 @@ struct HeadsView {
   int64_t head_stride = 0;  // 0: heads lie head_dim apart
 };
 
+// The polynomial a X + b X^3 + c X^5 of a step of Muon's orthogonalization.
+struct Quintic {
+  double a = 0, b = 0, c = 0;
+};
+
 // The view of a tensor (B, T, row) that starts `offset` elements into every row.
 inline HeadsView heads_view(const Tensor& x, int64_t offset = 0) {
   return {static_cast<char*>(x.data()) + offset * dtype_size(x.dtype()), x.dtype(), x.dim(1) * x.dim(2),
@@ -167,7 +172,6 @@ class Backend {
                               Trans trans_b, double beta,
                               const Tensor& out)  // (n, M, N)
       = 0;
-
   // ---- embedding and norms --------------------------------------------------------------------------
   // RMSNorm: y = x * rstd, rstd = 1/sqrt(mean(x^2) + 2^-23) over the last dimension, no weight.
   virtual void rms_norm(const Tensor& x,     // (N, C) act
@@ -330,6 +334,27 @@ class Backend {
   virtual void muon_normalize(const Tensor& x, const Tensor& squares, double factor, double eps) = 0;
   // out += factor * x, of one dtype, the product rounded to it first where that is 16 bits.
   virtual void add_product(double factor, const Tensor& x, const Tensor& out) = 0;
+  // One step on a stack: out = a x + (b A + c A A) x with A = x x^T, or the same of the transposes when rows
+  // > cols. Here every operation rounds, in classic nanochat's order, (c A) A: in bf16 it decides the last
+  // bits, and small singular values amplify those. Devices may round less often in 16 bits.
+  virtual void muon_step(const Quintic& q, const Tensor& x,
+                         const Tensor& gram,        // (n, side, side) with the shorter side, overwritten
+                         const Tensor& polynomial,  // the same
+                         const Tensor& out) {
+    const bool tall = x.dim(1) > x.dim(2);
+    const Trans first = tall ? Trans::yes : Trans::no, second = tall ? Trans::no : Trans::yes;
+    matmul_batched(x, first, x, second, 0, gram);
+    const Tensor scaled = empty(gram.shape(), gram.dtype());
+    axpby(q.c, gram, 0, scaled);
+    matmul_batched(scaled, Trans::no, gram, Trans::no, 0, polynomial);
+    add_product(q.b, gram, polynomial);
+    if (tall) {
+      matmul_batched(x, Trans::no, polynomial, Trans::yes, 0, out);
+    } else {
+      matmul_batched(polynomial, Trans::no, x, Trans::no, 0, out);
+    }
+    add_product(q.a, x, out);
+  }
   // Muon+ and the variance reduction as one factor for each index of a matrix's longer side (rows if equal):
   // Muon+ gives a matrix the norm sqrt(q), q its shorter side. With v the mean squares over the shorter side
   // after that: second = lerp(second, v, 1-beta2), and factor = max(second, 1e-10)^(-1/2) times what keeps

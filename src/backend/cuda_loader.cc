@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <string_view>
 #include <system_error>
@@ -36,8 +37,11 @@ fs::path library_path() {
   return fs::read_symlink("/proc/self/exe", error).parent_path() / kFile;
 }
 
+std::atomic<bool> opened = false;
+
 const CudaLibrary& library() {
   static const CudaLibrary the_library(library_path());
+  opened = true;
   return the_library;
 }
 
@@ -80,6 +84,8 @@ bool cuda_available(std::string* why) {
   if (why != nullptr) *why = library().why();
   return library().why().empty();
 }
+
+bool cuda_opened() { return opened; }
 
 std::unique_ptr<Backend> make_cuda_backend(int ordinal) { return library().make(ordinal); }
 

@@ -39,6 +39,9 @@ class CudaLibrary {
 // the library, the CUDA libraries it needs, the driver, a device, a supported architecture.
 bool cuda_available(std::string* why = nullptr);
 
+// Has this process opened the library, so that asking for devices costs nothing more?
+bool cuda_opened();
+
 // The backend of device `ordinal`. Errors: as cuda_available, or no such device.
 std::unique_ptr<Backend> make_cuda_backend(int ordinal = 0);
 

@@ -14,6 +14,7 @@
 #include "base/rng.h"
 #include "base/strings.h"
 #include "cli/command.h"
+#include "models/run_options.h"
 #include "optim/budget.h"
 #include "report/environment.h"
 #include "report/run_folder.h"
@@ -59,6 +60,8 @@ std::vector<Point> parse_sweep(const std::string& text) {
 
 struct TrainBench {
   DeviceOptions compute;
+  AttentionOptions attention;
+  HeadLossOptions loss;
   std::string arch = "classic", sweep = "b=8 t=1024", run_id, runs = "runs";
   int64_t depth = 4, vocab_size = 65536, steps = 8, micro_batches = 1;
   bool cuda_graph = true, checkpoint_activations = false, json = false;
@@ -73,6 +76,8 @@ struct TrainBench {
     o.add("--cuda-graph", &cuda_graph, "on CUDA record a step's kernels once and replay them");
     o.add("--checkpoint-activations", &checkpoint_activations, "recompute blocks in backward");
     compute.declare(o);
+    attention.declare(o);
+    loss.declare(o);
     o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
     o.add("--runs", &runs, "folder that holds run folders").not_recorded();
     o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
@@ -86,6 +91,8 @@ Json bench_point(const TrainBench& c, Backend& backend, const Point& point) {
   backend.arena().reset_peak();
   Gpt model(config, backend, c.compute.compute_dtype());
   model.set_checkpoint_activations(c.checkpoint_activations);
+  c.attention.apply(model);
+  c.loss.apply(model);
   model.init_weights(1);
   std::vector<Parameter*> parameters;
   uint64_t stream = 1000;
@@ -140,7 +147,9 @@ Json bench_point(const TrainBench& c, Backend& backend, const Point& point) {
           {"first_step_s", first_step},
           {"loss", last.loss},
           {"grad_norm", last.grad_norm},
-          {"graph", step.replays()}};
+          {"graph", step.replays()},
+          {"attention", attention_line(model)},
+          {"loss_plan", loss_line(model.loss_plan(point.batch * point.sequence_len, true))}};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// flexchat bench model: speed and memory of a whole model on random data.
+// flexchat bench: model here (speed and memory of a whole model on random data), the others in bench_*.cc.
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "cli/command.h"
 #include "engine/generate.h"
 #include "models/gpt.h"
+#include "models/run_options.h"
 #include "report/environment.h"
 #include "report/run_folder.h"
 #include "report/table.h"
@@ -31,6 +32,8 @@ double median(std::vector<double> v) {
 struct ModelBench {
   GptConfig config;
   DeviceOptions compute;
+  AttentionOptions attention;
+  HeadLossOptions loss;
   std::string arch = "classic", run_id, runs = "runs";
   int64_t batch = 8, steps = 8, prompt = 64, new_tokens = 200, seed = 1;
   bool json = false;
@@ -53,6 +56,8 @@ struct ModelBench {
     o.add("--prompt", &prompt, "tokens before decoding").at_least(1);
     o.add("--new-tokens", &new_tokens, "decoded tokens").at_least(1);
     compute.declare(o);
+    attention.declare(o);
+    loss.declare(o);
     o.add("--seed", &seed, "of weights and data").at_least(0);
     o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
     o.add("--runs", &runs, "folder that holds run folders").not_recorded();
@@ -69,19 +74,23 @@ struct StepResult {
 StepResult bench_step(Gpt& model, const Tensor& ids, const Tensor& targets, int64_t steps,
                       bool checkpointing) {
   model.set_checkpoint_activations(checkpointing);
-  Arena& arena = model.backend().arena();
+  Backend& backend = model.backend();
+  Arena& arena = backend.arena();
   const auto before = static_cast<int64_t>(arena.stats().in_use);
   arena.reset_peak();
   StepResult result;
   std::vector<double> times;
   for (int64_t i = 0; i < steps + 2; ++i) {  // two steps to warm up
+    backend.synchronize();
     const auto start = Clock::now();
-    Tape tape(model.backend(), true);
+    Tape tape(backend, true);
     const Tensor nll = model.nll(tape, ids, targets, 1.0 / static_cast<double>(ids.numel()));
     tape.backward();
+    backend.synchronize();
     if (i >= 2) times.push_back(seconds_since(start));
+    const Tensor host = backend.to_host(nll);
     result.loss = 0;
-    for (int64_t n = 0; n < nll.numel(); ++n) result.loss += nll.get(n);
+    for (int64_t n = 0; n < host.numel(); ++n) result.loss += host.get(n);
     result.loss /= static_cast<double>(nll.numel());
   }
   result.seconds = median(times);
@@ -100,6 +109,8 @@ int bench_model(const Words& words) {
   c.config.arch = parse_arch(c.arch);
   const auto backend = c.compute.open();
   Gpt model(c.config, *backend, c.compute.compute_dtype());
+  c.attention.apply(model);
+  c.loss.apply(model);
   model.init_weights(static_cast<uint64_t>(c.seed));
   Rng rng(static_cast<uint64_t>(c.seed), /*stream=*/1 << 20);
   for (Parameter& p : model.parameters()) {  // no zero matrices: real data in every product
@@ -121,6 +132,7 @@ int bench_model(const Words& words) {
   const StepResult saving = bench_step(model, ids, targets, c.steps, true);
   check(plain.loss == saving.loss, "activation checkpointing changed the loss: {} and {}", plain.loss,
         saving.loss);
+  const Json trained_by = attention_record(model);
 
   std::vector<int32_t> prompt(ids.as<int32_t>(), ids.as<int32_t>() + std::min(c.prompt, ids.numel()));
   Clock::time_point decode_start;
@@ -134,8 +146,12 @@ int bench_model(const Words& words) {
   const auto tokens = static_cast<double>(ids.numel());
   const double flops = flops_per_token(c.config);
   const Json summary = {{"result", "done"},
+                        {"device", backend->name()},
                         {"options", options.to_json()},
+                        {"attention", trained_by},
+                        {"loss", loss_record(model.loss_plan(ids.numel(), true))},
                         {"parameters", count_params(c.config).total()},
+                        {"fwd_bwd_ms", plain.seconds * 1e3},
                         {"fwd_bwd_tok_s", tokens / plain.seconds},
                         {"fwd_bwd_gflop_s", tokens / plain.seconds * flops / 1e9},
                         {"fwd_bwd_checkpoint_tok_s", tokens / saving.seconds},
@@ -169,7 +185,8 @@ int cmd_bench(const Words& words) {
                         {{"model", bench_model, "forward and backward, decoding and memory of a whole model"},
                          {"train", bench_train, "whole training steps, over sweeps of batch and length"},
                          {"attention", bench_attention, "attention by shape, mod and kernel"},
-                         {"loss", bench_loss, "the output head and its loss, by backend"}},
+                         {"loss", bench_loss, "the output head and its loss, by backend"},
+                         {"ops", bench_ops, "element-wise, norm and loss kernels against a copy"}},
                         words);
 }
 

@@ -50,8 +50,11 @@ int eval_bpb(const Words& words) {
       });
   const double bpb = bits_per_byte(*loaded.model, *loader, loaded.tokenizer.token_bytes(), c.tokens);
   if (c.json) {
-    fmt::print("{}\n",
-               Json({{"model", loaded.checkpoint.string()}, {"step", loaded.step}, {"bpb", bpb}}).dump());
+    const Json out = {{"model", loaded.checkpoint.string()},
+                      {"step", loaded.step},
+                      {"bpb", bpb},
+                      {"attention", attention_record(*loaded.model)}};
+    fmt::print("{}\n", out.dump());
   } else {
     fmt::print("{}: {:.6f} bits per byte at step {}\n", loaded.checkpoint.string(), bpb, loaded.step);
   }

@@ -30,7 +30,7 @@ struct GenerateCommand {
     o.add("--temperature", &temperature, "0: always the likeliest token").at_least(0);
     o.add("--top-k", &top_k, "sample among this many likeliest tokens; 0: all").at_least(0);
     o.add("--seed", &seed, "of the sampling").at_least(0);
-    o.add("--json", &json, "print {prompt_ids, ids, text, tok_per_sec} instead of streaming the text");
+    o.add("--json", &json, "print ids, text, rate and attention kernel instead of streaming the text");
   }
 };
 
@@ -84,6 +84,7 @@ int cmd_generate(const Words& words) {
                       {"prompt_ids", prompt},
                       {"ids", ids},
                       {"text", tokenizer.decode(ids)},
+                      {"attention", attention_record(*loaded.model)},
                       {"tok_per_sec", static_cast<double>(ids.size()) / seconds}};
     fmt::print("{}\n", out.dump(-1, ' ', false, Json::error_handler_t::replace));
   } else {

@@ -15,6 +15,25 @@
 namespace flexchat {
 namespace {
 
+// Columns of the matrix of attention kernels.
+struct Feature {
+  const char *key, *title;
+  bool AttentionSupport::*has;
+};
+constexpr Feature kFeatures[] = {
+    {"grouped_heads", "GQA", &AttentionSupport::grouped_heads},
+    {"mask", "mask", &AttentionSupport::mask},
+    {"score_mod", "score mod", &AttentionSupport::score_mod},
+    {"ragged", "ragged", &AttentionSupport::ragged},
+    {"dropout", "dropout", &AttentionSupport::dropout},
+    {"pages", "pages", &AttentionSupport::pages},
+    {"backward", "backward", &AttentionSupport::backward},
+    {"capture_gradients", "d tensors", &AttentionSupport::capture_gradients},
+    {"lse_gradient", "d LSE", &AttentionSupport::lse_gradient},
+    {"splits_keys", "split KV", &AttentionSupport::splits_keys},
+    {"deterministic", "same bits", &AttentionSupport::deterministic},
+};
+
 Json info_json() {
   Json info = capture_environment(cuda_accelerators());
   info["threads"] = num_threads();
@@ -32,7 +51,32 @@ Json info_json() {
                                    {"runs", row.runs},
                                    {"how", row.how}});
   }
+  info["attention"] = Json::array();
+  for (const AttentionSupport& s : attention_support()) {
+    Json row = {{"device", s.device},
+                {"kernel", s.kernel},
+                {"runs", runs_here(s)},
+                {"dtypes", s.dtypes},
+                {"head_dims", s.head_dims_text()}};
+    for (const Feature& f : kFeatures) row[f.key] = s.*f.has;
+    info["attention"].push_back(row);
+  }
+  const RuntimeCompiler compiler = runtime_compiler();
+  info["runtime_compiler"] = Json{{"available", compiler.available}, {"how", compiler.how}};
   return info;
+}
+
+void print_attention() {
+  std::vector<std::string> columns = {"attention", "device", "runs", "dtypes", "head dims"};
+  for (const Feature& f : kFeatures) columns.emplace_back(f.title);
+  Table table(columns);
+  for (const AttentionSupport& s : attention_support()) {
+    std::vector<std::string> cells = {std::string(s.kernel), std::string(s.device),
+                                      runs_here(s) ? "yes" : "no", std::string(s.dtypes), s.head_dims_text()};
+    for (const Feature& f : kFeatures) cells.emplace_back(s.*f.has ? "yes" : "no");
+    table.row(cells);
+  }
+  fmt::print("\n{}\nGPU kernels: {}\n", table.text(), runtime_compiler().how);
 }
 
 std::string memory_line() {
@@ -74,6 +118,7 @@ void print_info() {
     kernels.row({row.device, row.kernel, row.dtype, row.needs, row.runs ? "yes" : "no", row.how});
   }
   fmt::print("\n{}", kernels.text());
+  print_attention();
 }
 
 }  // namespace

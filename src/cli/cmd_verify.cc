@@ -16,6 +16,7 @@ namespace {
 struct GoldenCommand {
   std::vector<std::string> files;
   DeviceOptions compute;
+  AttentionOptions attention;
   std::string muon_dtype = "auto";
   std::string run_id, runs = "runs";
   bool json = false;
@@ -23,6 +24,7 @@ struct GoldenCommand {
   void declare(Options& o) {
     o.add("files", &files, "golden .safetensors files (classic_*, modern_*)").required();
     compute.declare(o);
+    attention.declare(o);
     o.add("--muon-dtype", &muon_dtype,
           "dtype of Muon's iterations; auto: bf16 when computing in bf16, else f32")
         .choices({"auto", "bf16", "f32"});
@@ -39,20 +41,20 @@ int verify_golden_command(const Words& words) {
   c.declare(options);
   if (!options.parse(words)) return 0;
   const auto backend = c.compute.open();
-  GoldenOptions golden{c.compute.compute_dtype(), {}};
+  GoldenOptions golden{c.compute.compute_dtype(), {}, c.attention};
   if (c.muon_dtype != "auto") golden.muon_dtype = parse_dtype(c.muon_dtype);
 
   std::vector<Check> checks;
+  Json attention;
   for (const std::string& file : c.files) {
-    const std::vector<Check> of_file = verify_golden(file, *backend, golden);
+    const std::vector<Check> of_file = verify_golden(file, *backend, golden, &attention);
     checks.insert(checks.end(), of_file.begin(), of_file.end());
   }
   const bool pass = all_pass(checks);
   const RunFolder run = RunFolder::create("verify", c.run_id, RunMode::fresh, c.runs);
-  Json summary = {{"result", pass ? "pass" : "fail"},
-                  {"checks_run", checks.size()},
-                  {"options", options.to_json()},
-                  {"checks", checks_to_json(checks)}};
+  Json summary = {{"result", pass ? "pass" : "fail"}, {"checks_run", checks.size()},
+                  {"device", backend->name()},        {"attention", attention},
+                  {"options", options.to_json()},     {"checks", checks_to_json(checks)}};
   run.write_summary(summary);
   if (c.json) {
     summary["run"] = run.path().string();

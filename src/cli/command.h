@@ -19,8 +19,14 @@ int cmd_bench(const Words& words);
 int bench_attention(const Words& words);
 int bench_train(const Words& words);
 int bench_loss(const Words& words);
+int bench_ops(const Words& words);
 int cmd_info(const Words& words);
 int cmd_mask(const Words& words);
+int cmd_report(const Words& words);
+int cmd_profile(const Words& words);
+
+// What the program was called with, its command first.
+int run_command(const Words& words);
 
 // The second word of a command with several: picks one, prints --help, or says what is allowed.
 struct Subcommand {

@@ -7,12 +7,14 @@
 #include "backend/device_options.h"
 #include "base/options.h"
 #include "engine/load_model.h"
+#include "models/run_options.h"
 
 namespace flexchat {
 
 struct ModelOptions {
   std::string model, tokenizer;
   DeviceOptions compute;
+  AttentionOptions attention;
 
   void declare(Options& o);
 
@@ -20,7 +22,7 @@ struct ModelOptions {
     std::unique_ptr<Backend> backend;  // outlives the model
     LoadedModel loaded;
   };
-  // Sets the number of threads and loads the model. Errors as load_model.
+  // Sets the number of threads and loads the model. Errors: as load_model, an unknown --attention.
   Opened open() const;
 };
 

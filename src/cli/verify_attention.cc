@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/options.h"
 #include "base/progress.h"
+#include "checkpoint/safetensors.h"
 #include "cli/command.h"
 #include "flex/parse.h"
 #include "flex/tensor_text.h"
@@ -26,6 +27,7 @@ struct VerifyAttention {
   std::optional<int64_t> kv_len;
   int64_t q_offset = 0, random = 0, seed = 1, repeats = 20;
   std::string kernel = "all", run_id, runs = "runs";
+  std::optional<std::string> save;
   bool json = false;
 
   void declare(Options& o) {
@@ -47,6 +49,9 @@ struct VerifyAttention {
     size("--kv-len", &kv_len, "keys (default: as far as the queries reach)", 0);
     size("--q-offset", &q_offset, "position of the first query", 0);
     size("--head-dim", &head_dim, "channels of a head", 1);
+    o.add("--save", &save, "only write q, k, v, dout and out, dq, dk, dv to this .safetensors file")
+        .group("Your own mod")
+        .not_recorded();
     o.add("--random", &random, "random cases on top").at_least(0).group("Random cases");
     o.add("--seed", &seed, "of the first random case").at_least(0).group("Random cases");
     o.add("--repeats", &repeats, "backwards that must give the same bits").at_least(2);
@@ -85,6 +90,22 @@ struct VerifyAttention {
   }
 };
 
+// For comparisons with other systems on the very same numbers: (B, T, heads * D) each.
+void save_results(const AttentionCase& c, Backend& backend, DType dtype, const std::string& kernel,
+                  const std::string& file) {
+  const AttentionResults r = run_attention(c, backend, dtype, kernel);
+  write_safetensors(file,
+                    {{"q", r.q},
+                     {"k", r.k},
+                     {"v", r.v},
+                     {"dout", r.dout},
+                     {"out", r.out},
+                     {"dq", r.dq},
+                     {"dk", r.dk},
+                     {"dv", r.dv}},
+                    {});
+}
+
 void print_result(const std::vector<Check>& checks, bool own) {
   // A long table hides what matters: of the certificate, the worst of each measure per case would still be
   // hundreds of lines, so passing checks are shown only when there are few.
@@ -119,6 +140,11 @@ int verify_attention_command(const Words& words) {
   for (int64_t i = 0; i < c.random; ++i)
     cases.push_back(random_attention_case(static_cast<uint64_t>(c.seed + i)));
 
+  check(!c.save || own, "--save needs --mask or --score-mod");
+  if (c.save) {
+    save_results(cases[0], *backend, dtype, kernels[0], *c.save);
+    return 0;
+  }
   std::vector<Check> checks;
   Progress progress("verify", static_cast<int64_t>(cases.size() * kernels.size()), "cases");
   int64_t done = 0;

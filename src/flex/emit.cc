@@ -150,16 +150,23 @@ class Emitter {
 
   // Statements that compute result `i` per element, indented by `indent`, the last of which returns it.
   std::string element_body(size_t i, const std::string& indent) {
-    Scope scope{Level::element, true, indent, {}, {}, {}};
+    Scope scope{Level::element, true, indent, {}, {}, {}, {}};
     const int root = program_.roots[i];
     const bool boolean = code(root).type == Type::boolean;
     const std::string result = boolean ? value(scope, root) : number(scope, root);
     return scope.body + fmt::format("{}return {};\n", indent, result);
   }
 
+  // The same times log2(e), for the hardware's exp and log.
+  std::string base2_body(size_t i, const std::string& indent) {
+    Scope scope{Level::element, true, indent, {}, {}, {}, {}, true};
+    const std::string result = base2(scope, program_.roots[i]);
+    return scope.body + fmt::format("{}return {};\n", indent, result);
+  }
+
   // Statements that compute the flat element that access `i`, itself a result, reads, and return it.
   std::string index_body(size_t i, const std::string& indent) {
-    Scope scope{Level::element, false, indent, {}, {}, {}};
+    Scope scope{Level::element, false, indent, {}, {}, {}, {}};
     const std::string index = index_arguments(scope, code(program_.roots[i]));
     return scope.body + fmt::format("{}return capture_index({});\n", indent, index);
   }
@@ -178,11 +185,13 @@ class Emitter {
     bool hoists;  // may it read values of coarser levels?
     std::string indent;
     std::string body;
-    std::set<int> values, numbers;  // instructions that have a local already: v<i>, and f<i> as float
+    // Instructions that have a local already: v<i>, f<i> as float, b<i> as float times log2(e).
+    std::set<int> values, numbers, scaled;
+    bool has_score2 = false;  // is score * log2(e) at hand?
   };
-  // What a coarser level is asked for: instructions by value (v<i>) or as float (f<i>).
+  // What a coarser level is asked for: instructions by value (v<i>), as float (f<i>), times log2(e) (b<i>).
   struct Fields {
-    std::set<int> values, numbers;
+    std::set<int> values, numbers, scaled;
   };
 
   const Instruction& code(int i) const { return program_.code[static_cast<size_t>(i)]; }
@@ -322,6 +331,96 @@ class Emitter {
     return fmt::format("f{}", i);
   }
 
+  // Does instruction i cost no more times log2(e) than it does as it is? The factor then lands on something
+  // that is known before the element is, or on the score.
+  bool scales_free(int i) const {
+    const Instruction& in = code(i);
+    const auto free = [&](size_t k) { return scales_free(in.args[k]); };
+    if (level(i) != Level::element) return true;
+    if (in.type != Type::number) return false;
+    switch (in.op) {
+      case Op::variable:
+        return in.var == Var::score;
+      case Op::log:
+        return true;
+      case Op::neg:
+      case Op::abs:
+      case Op::div:
+        return free(0);
+      case Op::mul:
+        return free(0) || free(1);
+      case Op::add:
+      case Op::sub:
+      case Op::min:
+      case Op::max:
+        return free(0) && free(1);
+      case Op::where:
+        return free(1) && free(2);
+      default:
+        return false;
+    }
+  }
+
+  // Instruction i times log2(e), as an f32.
+  std::string base2(Scope& scope, int i) {
+    constexpr double log2e = 1.4426950408889634;
+    const Instruction& in = code(i);
+    if (in.op == Op::constant) return number_literal(in.value * log2e);
+    if (in.op == Op::variable && in.var == Var::score) return "score2";
+    if (level(i) != scope.level) {
+      fields(level(i)).scaled.insert(i);
+      return fmt::format("{}.b{}", owner(level(i)), i);
+    }
+    if (scope.scaled.count(i) == 0) {
+      const std::string text = scaled_operation(scope, i);
+      scope.body += fmt::format("{}const float b{} = {};\n", scope.indent, i, text);
+      scope.scaled.insert(i);
+    }
+    return fmt::format("b{}", i);
+  }
+
+  std::string scaled_operation(Scope& scope, int i) {
+    const Instruction& in = code(i);
+    const auto x = [&](size_t k) { return base2(scope, in.args[k]); };
+    const auto y = [&](size_t k) { return number(scope, in.args[k]); };
+    if (in.type == Type::number && scope.level == Level::element) {
+      switch (in.op) {
+        case Op::log:
+          return fmt::format("mod_log2({})", y(0));
+        case Op::neg:
+          return "-" + x(0);
+        case Op::abs:
+          return fmt::format("mod_abs({})", x(0));
+        case Op::add:
+        case Op::sub: {
+          const std::string left = x(0);
+          return fmt::format("{} {} {}", left, in.op == Op::add ? "+" : "-", x(1));
+        }
+        case Op::min:
+        case Op::max: {
+          const std::string left = x(0);
+          return fmt::format("mod_{}({}, {})", op_name(in.op), left, x(1));
+        }
+        case Op::mul: {
+          const bool second = scales_free(in.args[1]);
+          const std::string left = second ? y(0) : x(0);
+          return fmt::format("{} * {}", left, second ? x(1) : y(1));
+        }
+        case Op::div: {
+          const std::string left = x(0);
+          return fmt::format("mod_div({}, {})", left, y(1));
+        }
+        case Op::where: {
+          const std::string condition = value(scope, in.args[0]), then = x(1);
+          return fmt::format("{} ? {} : {}", condition, then, x(2));
+        }
+        default:
+          break;
+      }
+    }
+    return number(scope, i) + " * kModLog2e";
+  }
+
   std::string index_arguments(Scope& scope, const Instruction& in) {
     std::string text = fmt::format("c.p.captures[{}]", in.capture);
     for (size_t k = 0; k < static_cast<size_t>(in.n_args); ++k) text += ", " + value(scope, in.args[k]);
@@ -382,9 +481,15 @@ class Emitter {
         return fmt::format("{} ? {} : {}", condition, then, x(2));
       }
       case Op::exp:
-      case Op::log:
       case Op::tanh:
       case Op::sigmoid:
+        if (scope.has_score2 && scales_free(in.args[0])) {
+          const std::string argument = base2(scope, in.args[0]);
+          if (in.op == Op::exp) return fmt::format("mod_exp2({})", argument);
+          return fmt::format("mod_{}_base2({})", op_name(in.op), argument);
+        }
+        [[fallthrough]];
+      case Op::log:
       case Op::softplus:
       case Op::pow:
       case Op::sqrt:
@@ -420,7 +525,7 @@ class Emitter {
   }
 
   std::string level_function(Level at, const char* type, const char* name, const char* parameters) {
-    Scope scope{at, true, "  ", {}, {}, {}};
+    Scope scope{at, true, "  ", {}, {}, {}, {}};
     std::string members, results;
     const auto add = [&](const char* member_type, char prefix, int i, const std::string& result) {
       members += fmt::format("  {} {}{};\n", member_type, prefix, i);
@@ -429,6 +534,7 @@ class Emitter {
     const Fields wanted = fields(at);  // what it needs in turn belongs to the level above
     for (const int i : wanted.values) add(c_type(code(i).type), 'v', i, value(scope, i));
     for (const int i : wanted.numbers) add("float", 'f', i, number(scope, i));
+    for (const int i : wanted.scaled) add("float", 'b', i, base2(scope, i));
     return fmt::format(
         "struct {} {{\n{}}};\nMOD_DEVICE {} {}(const ModContext& c{}) {{\n{}  return {{{}}};\n}}\n", type,
         members, type, name, parameters, scope.body, results);
@@ -509,6 +615,7 @@ EmittedMod emit_mod(const std::optional<Expr>& mask, const std::optional<Expr>& 
   const std::string elements =
       function("bool", "mod_mask", "", "", emitter.element_body(0, "  ")) +
       function("float", "mod_score", "", with_score, emitter.element_body(1, "  ")) +
+      function("float", "mod_score_base2", "", " float score, float score2,", emitter.base2_body(1, "  ")) +
       function("float", "mod_score_grad", "", with_score, emitter.element_body(2, "  ")) +
       function("float", "mod_capture_grad", "int i, ", with_score,
                cases(n, "0.0f", [&](size_t i) { return emitter.element_body(3 + i, "    "); })) +

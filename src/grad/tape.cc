@@ -19,6 +19,7 @@ Var Tape::checkpoint(const Var& x, const Segment& segment) {
   record([this, x, out, segment] {
     const Var again = leaf(backend_.clone(x->value));
     Tape tape(backend_, true);
+    tape.set_fresh(fresh_);
     const Var end = segment(tape, again);
     check(end != again || !x->grad.defined(),
           "a checkpointed segment cannot work in place on what others read");

@@ -26,6 +26,11 @@ class Tape {
   Backend& backend() const { return backend_; }
   bool recording() const { return recording_; }
 
+  // In a fresh pass nothing has been added to gradients of weights yet, so that linear products overwrite
+  // theirs. Others are still added to. Not for a weight that two linear ops read.
+  void set_fresh(bool fresh) { fresh_ = fresh; }
+  bool fresh() const { return fresh_; }
+
   static Var leaf(Tensor value) { return std::make_shared<Node>(Node{std::move(value), {}}); }
   // Ops ask recording() first: what a closure captures costs time that inference should not pay.
   void record(std::function<void()> backward_step) { steps_.push_back(std::move(backward_step)); }
@@ -41,7 +46,7 @@ class Tape {
 
  private:
   Backend& backend_;
-  bool recording_;
+  bool recording_, fresh_ = false;
   std::vector<std::function<void()>> steps_;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 
 #include "base/error.h"
 #include "base/strings.h"
@@ -22,17 +23,24 @@ void check_range(const Tensor& ids, int64_t least, int64_t vocab_size, const cha
     }
   }
 }
-constexpr int64_t kAnyNegative = std::numeric_limits<int32_t>::min();  // ignored targets
+
+// Negative targets are ignored; a batch of them alone has nothing to learn from.
+void check_target_range(const Tensor& targets, int64_t vocab_size) {
+  check_range(targets, std::numeric_limits<int32_t>::min(), vocab_size, "target");
+  const std::span<const int32_t> all(targets.as<int32_t>(), static_cast<size_t>(targets.numel()));
+  if (!all.empty() && std::all_of(all.begin(), all.end(), [](int32_t t) { return t < 0; }))
+    warn_without_targets();
+}
 
 }  // namespace
 
 void Gpt::check_ids(const Tensor& ids, const Tensor& targets) const {
   check_range(ids, 0, config_.vocab_size, "token id");
-  check_range(targets, kAnyNegative, config_.vocab_size, "target");
+  check_target_range(targets, config_.vocab_size);
 }
 
-Tensor Gpt::checked_ids(const Tensor& ids, int64_t least, const char* what) const {
-  if (ids.arena().host()) check_range(ids, least, config_.vocab_size, what);
+Tensor Gpt::checked_ids(const Tensor& ids) const {
+  if (ids.arena().host()) check_range(ids, 0, config_.vocab_size, "token id");
   return backend_.to_device(ids);
 }
 
@@ -145,6 +153,10 @@ const AttentionPlanPtr& Gpt::attention_plan(int64_t layer, int64_t batch, int64_
   return plans_[key] = backend_.plan_attention(shape, spec, attention_kernel_);
 }
 
+void Gpt::plan_attention(int64_t batch, int64_t t_len) {
+  for (int64_t layer = 0; layer < config_.n_layer; ++layer) attention_plan(layer, batch, t_len, 0);
+}
+
 std::vector<AttentionPlanPtr> Gpt::attention_plans() const {
   std::vector<AttentionPlanPtr> plans;
   for (const auto& [key, plan] : plans_) plans.push_back(plan);
@@ -177,9 +189,16 @@ Var Gpt::last_position(const Var& x, int64_t batch) const {
 Tensor Gpt::nll(Tape& tape, const Tensor& ids, const Tensor& targets, double weight) {
   check(ids.shape() == targets.shape() && ids.rank() == 2, "ids {} and targets {} must both be (B, T)",
         shape_string(ids.shape()), shape_string(targets.shape()));
-  const Tensor checked_targets = checked_ids(targets, kAnyNegative, "target");
-  const Var h = trunk(tape, checked_ids(ids, 0, "token id"), nullptr, false);
-  return linear_cross_entropy(tape, h, lm_head_, checked_targets, config_.vocab_size, kSoftcap, weight);
+  if (targets.arena().host()) check_target_range(targets, config_.vocab_size);
+  const Var h = trunk(tape, checked_ids(ids), nullptr, false);
+  return linear_cross_entropy(tape, h, lm_head_, backend_.to_device(targets), config_.vocab_size, kSoftcap,
+                              weight, loss_options_)
+      .nll;
+}
+
+LossPlan Gpt::loss_plan(int64_t rows, bool gradients) const {
+  return plan_loss(backend_, rows, config_.n_embd, config_.vocab_size, compute_, gradients, kSoftcap,
+                   loss_options_);
 }
 
 Tensor Gpt::logits(const Tensor& ids, KvCache* cache, bool last_only) {
@@ -189,7 +208,7 @@ Tensor Gpt::logits(const Tensor& ids, KvCache* cache, bool last_only) {
           "{} more tokens do not fit a cache of {} that holds {}", ids.dim(1), cache->max_len, cache->length);
   }
   Tape tape(backend_, false);
-  const Var h = trunk(tape, checked_ids(ids, 0, "token id"), cache, last_only);
+  const Var h = trunk(tape, checked_ids(ids), cache, last_only);
   const Tensor z = head_logits(tape, h, lm_head_, config_.vocab_size, kSoftcap);
   return z.reshape({ids.dim(0), last_only ? 1 : ids.dim(1), config_.vocab_size});
 }

@@ -12,6 +12,7 @@
 #include "grad/parameter.h"
 #include "grad/tape.h"
 #include "models/config.h"
+#include "ops/loss.h"
 #include "ops/ops.h"
 
 namespace flexchat {
@@ -76,6 +77,14 @@ class Gpt {
   // The plans in use. As long as somebody holds one, calls of its sizes keep using it.
   std::vector<AttentionPlanPtr> attention_plans() const;
   AttentionPath attention_path() const { return attention_path_; }
+  // Makes the plans for (batch, t_len) from the first position on ahead of their first use, so that
+  // attention_plans() tells what will run. Errors: as Backend::plan_attention.
+  void plan_attention(int64_t batch, int64_t t_len);
+
+  // How nll() computes the head from now on.
+  void set_loss(const LossOptions& options) { loss_options_ = options; }
+  // What that comes to for `rows` tokens, with gradients or without. Errors: as plan_loss.
+  LossPlan loss_plan(int64_t rows, bool gradients) const;
 
   // Activation checkpointing of every block: less memory, the same bits (see Tape::checkpoint).
   void set_checkpoint_activations(bool on) { checkpoint_activations_ = on; }
@@ -97,9 +106,9 @@ class Gpt {
   void for_each_weight(const std::function<void(Weight&)>& fn);
   void build_rope_tables();
 
-  // The ids where the device reads them. Those in host memory are checked to be in [least, vocab_size);
+  // The ids where the device reads them. Those in host memory are checked to be in [0, vocab_size);
   // whoever passes device memory has checked them.
-  Tensor checked_ids(const Tensor& ids, int64_t least, const char* what) const;
+  Tensor checked_ids(const Tensor& ids) const;
   // ids -> the trunk's normed output (N, C), or of the last position only.
   Var trunk(Tape& tape, const Tensor& ids, KvCache* cache, bool last_only);
   Var block(Tape& tape, int64_t layer, const Var& x, const Var& x0, const Tensor& ids, KvCache* cache);
@@ -115,6 +124,7 @@ class Gpt {
   bool checkpoint_activations_ = false;
   AttentionPath attention_path_ = AttentionPath::sdpa;
   std::string attention_kernel_ = "auto";
+  LossOptions loss_options_;
   std::map<std::array<int64_t, 4>, AttentionPlanPtr> plans_;  // by batch, tokens, offset and window
   std::map<int64_t, flex::Expr> window_masks_;                // the flex path's, by window
   std::vector<Parameter> parameters_;

@@ -19,6 +19,12 @@ bool ends_with(const std::string& name, std::string_view suffix) {
          name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
 
+// Is the weight read by one linear product and nothing else?
+bool is_linear(const std::string& name) {
+  return name == "lm_head.weight" ||
+         (name.find(".attn.c_") != std::string::npos || name.find(".mlp.c_") != std::string::npos);
+}
+
 Distribution classic_init(const std::string& name, const Shape& shape) {
   if (ends_with(name, "wte.weight")) return {Distribution::normal, 0, 1};
   if (ends_with(name, "c_proj.weight") || name == "lm_head.weight") return {};
@@ -42,7 +48,7 @@ Distribution modern_init(const std::string& name, int64_t n_embd) {
 void Gpt::add_parameter(const std::string& name, const Weight& weight, int64_t row, int64_t rows) {
   const bool copied = weight.compute.data() != weight.value.data();
   parameters_.push_back({name, weight.value.rows(row, rows), weight.grad.rows(row, rows),
-                         copied ? weight.compute.rows(row, rows) : Tensor()});
+                         copied ? weight.compute.rows(row, rows) : Tensor(), is_linear(name)});
 }
 
 Weight Gpt::make_weight(const std::string& name, Shape shape) {

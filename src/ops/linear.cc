@@ -18,10 +18,10 @@ void check_residual(const Tensor& x, const Tensor& h, const Weight& weight) {
   fail("linear: ({}, {}) cannot be added to {}", h.dim(0), weight.value.dim(0), shape_string(x.shape()));
 }
 
-// Given dy (N, out): dW += dy^T h, and dh [+]= dy W.
-void linear_backward(Backend& backend, const Tensor& dy, const Tensor& h, const Weight& weight,
+// Given dy (N, out): dW += dy^T h, or = in a fresh pass, and dh [+]= dy W.
+void linear_backward(Backend& backend, const Tensor& dy, const Tensor& h, const Weight& weight, bool fresh,
                      bool accumulate, const Tensor& dh) {
-  backend.matmul(dy, Trans::yes, h, Trans::no, 1, weight.grad);
+  backend.matmul(dy, Trans::yes, h, Trans::no, fresh ? 0 : 1, weight.grad);
   backend.matmul(dy, Trans::no, weight.compute, Trans::no, accumulate ? 1 : 0, dh);
 }
 
@@ -33,10 +33,10 @@ Var linear(Tape& tape, const Var& x, const Weight& weight) {
   const Var y = Tape::leaf(backend.empty({x->value.dim(0), weight.value.dim(0)}, x->value.dtype()));
   backend.matmul(x->value, Trans::no, weight.compute, Trans::yes, 0, y->value);
   if (!tape.recording()) return y;
-  tape.record([&backend, x, y, &weight] {
+  tape.record([&backend, x, y, &weight, fresh = tape.fresh()] {
     bool accumulate = false;
     const Tensor& dx = grad_of(backend, x, &accumulate);
-    linear_backward(backend, y->grad, x->value, weight, accumulate, dx);
+    linear_backward(backend, y->grad, x->value, weight, fresh, accumulate, dx);
   });
   return y;
 }
@@ -47,10 +47,10 @@ void linear_add(Tape& tape, const Var& x, const Var& h, const Weight& weight) {
   Backend& backend = tape.backend();
   backend.matmul(h->value, Trans::no, weight.compute, Trans::yes, 1, x->value);
   if (!tape.recording()) return;
-  tape.record([&backend, x, h, &weight] {
+  tape.record([&backend, x, h, &weight, fresh = tape.fresh()] {
     bool accumulate = false;
     const Tensor& dh = grad_of(backend, h, &accumulate);
-    linear_backward(backend, x->grad, h->value, weight, accumulate, dh);
+    linear_backward(backend, x->grad, h->value, weight, fresh, accumulate, dh);
   });
 }
 
@@ -72,18 +72,19 @@ void mlp_add(Tape& tape, const Var& x, const Var& h, const Weight& fc, const Wei
     backend.matmul(a, Trans::no, proj.compute, Trans::yes, 1, x->value.rows(begin, rows));
   }
   if (!tape.recording()) return;
-  tape.record([&backend, x, h, u, chunk, &fc, &proj] {
+  tape.record([&backend, x, h, u, chunk, &fc, &proj, fresh_pass = tape.fresh()] {
     bool accumulate = false;
     const Tensor& dh = grad_of(backend, h, &accumulate);
     const int64_t n_rows = u.dim(0);
     for (int64_t begin = 0; begin < n_rows; begin += chunk) {
       const int64_t rows = std::min(chunk, n_rows - begin);
+      const bool fresh = fresh_pass && begin == 0;
       const Tensor dx = x->grad.rows(begin, rows), uc = u.rows(begin, rows);
       const Tensor du = backend.empty(uc.shape(), uc.dtype());
       backend.matmul(dx, Trans::no, proj.compute, Trans::no, 0, du);
       backend.relu_squared_backward(uc, du);  // uc now holds relu(uc)^2
-      backend.matmul(dx, Trans::yes, uc, Trans::no, 1, proj.grad);
-      linear_backward(backend, du, h->value.rows(begin, rows), fc, accumulate, dh.rows(begin, rows));
+      backend.matmul(dx, Trans::yes, uc, Trans::no, fresh ? 0 : 1, proj.grad);
+      linear_backward(backend, du, h->value.rows(begin, rows), fc, fresh, accumulate, dh.rows(begin, rows));
     }
   });
 }

@@ -18,7 +18,7 @@ Tensor matrix(const Tensor& buffer, int64_t rows, int64_t columns) {
 class Head {
  public:
   Head(Backend& backend, const Tensor& x, const Weight& head, const Tensor& targets, int64_t vocab,
-       double cap, double weight, bool gradients, LossResult& result)
+       double cap, double weight, bool gradients, bool fresh, LossResult& result)
       : backend_(backend),
         x_(x),
         w_(head.compute.rows(0, vocab)),
@@ -27,6 +27,7 @@ class Head {
         cap_(cap),
         weight_(weight),
         gradients_(gradients),
+        fresh_(fresh),
         result_(result) {
     if (!gradients) return;
     dw_ = head.grad.rows(0, vocab);
@@ -84,6 +85,9 @@ class Head {
   Tensor lse_of(int64_t begin, int64_t count) const {
     return result_.lse.defined() ? result_.lse.rows(begin, count) : lse_.rows(0, count);
   }
+  // The share of the head's gradient so far that rows from `begin` on add theirs to: 1, or 0 for the first of
+  // a fresh pass.
+  double adds(int64_t begin) const { return fresh_ && begin == 0 ? 0 : 1; }
   // The logits of `count` rows and columns [first, first + columns).
   Tensor logits_of(int64_t begin, int64_t count, int64_t first, int64_t columns) const {
     const Tensor z = matrix(logits_, count, columns);
@@ -106,7 +110,7 @@ class Head {
     }
     if (!gradients_) return;
     backend_.matmul(grad, Trans::no, w_, Trans::no, 0, dh_.rows(begin, count));
-    backend_.matmul(grad, Trans::yes, x_.rows(begin, count), Trans::no, 1, dw_);
+    backend_.matmul(grad, Trans::yes, x_.rows(begin, count), Trans::no, adds(begin), dw_);
   }
 
   // With g the unscaled gradient and f the factor of a row, diag(f) g is the gradient of the logits: the
@@ -126,7 +130,7 @@ class Head {
     backend_.matmul(g, Trans::no, w_, Trans::no, 0, dh);
     backend_.row_scale(dh, factor, dh_.rows(begin, count));
     backend_.row_scale(x_.rows(begin, count), factor, scaled);
-    backend_.matmul(g, Trans::yes, scaled, Trans::no, 1, dw_);
+    backend_.matmul(g, Trans::yes, scaled, Trans::no, adds(begin), dw_);
   }
 
   // Two passes over the panels; the second goes backwards, so that its first logits are still there.
@@ -151,10 +155,11 @@ class Head {
       ++result_.panels;
       if (!backend_.softmax_gradient(z, t, first, cap_, weight_, lse, filter, grad)) {
         ++result_.skipped;
+        if (adds(begin) == 0) backend_.fill(dw_.rows(first, columns), 0);
         continue;
       }
       backend_.matmul(grad, Trans::no, w_.rows(first, columns), Trans::no, any ? 1 : 0, dh);
-      backend_.matmul(grad, Trans::yes, x, Trans::no, 1, dw_.rows(first, columns));
+      backend_.matmul(grad, Trans::yes, x, Trans::no, adds(begin), dw_.rows(first, columns));
       any = true;
     }
     if (!any) backend_.fill(out, 0);
@@ -165,7 +170,7 @@ class Head {
   Tensor x_, w_, targets_;
   int64_t vocab_;
   double cap_, weight_;
-  bool gradients_;
+  bool gradients_, fresh_;
   LossResult& result_;
   Tensor dw_, dh_;
   // Temporary: a panel of logits and its gradient (the whole gradient of a chunk in one pass); the gradient
@@ -226,7 +231,8 @@ LossResult linear_cross_entropy(Tape& tape, const Var& h, const Weight& head, co
   if (options.argmax) result.argmax = backend.empty({n}, DType::i32);
   Tensor dh;
   {
-    Head loss(backend, h->value, head, targets.reshape({n}), vocab, cap, weight, tape.recording(), result);
+    Head loss(backend, h->value, head, targets.reshape({n}), vocab, cap, weight, tape.recording(),
+              tape.fresh(), result);
     loss.run(options);
     dh = loss.dh();
   }

@@ -14,13 +14,14 @@ constexpr int64_t kLeastRows = 128;  // below this the weight gradient's product
 constexpr int64_t kHostLogits = 8 * kMiB, kHostCce = 2 * kMiB, kHostCceRows = 256;
 constexpr int64_t kFilterRows = 128, kFilterColumns = 512;  // small enough that whole panels fall below it
 // Devices. Every chunk of rows reads and writes the whole gradient of the head, 8*V*C bytes, so chunks are as
-// large as an eighth of what bf16 logits would take. For 16384 x 1280 x 65536 on an H200 that is 10 chunks of
-// 1664 rows and 6.7 GB at 4.2 TB/s: 1.6 ms, behind the 3.8 ms of arithmetic of that product; of 64 MiB it
-// were 40 chunks and 6.4 ms, which nothing hides. Softmax: 1.1e9 logits at three special functions each,
-// 0.9 ms, bound by them and not by the L2. Predicted 12.5 to 14 ms, 11.3 of them products at 730 TFLOP/s.
-constexpr int64_t kDeviceLeast = 64 * kMiB, kDeviceMost = 256 * kMiB;
-// A panel of f32 logits: one tile of 128 x 256 for each of 132 multiprocessors, and within the L2.
-constexpr int64_t kDevicePanel = 17 * kMiB;
+// large as an eighth of what bf16 logits would take, or half of it where the program chooses for itself. For
+// 16384 x 1280 x 65536 on an H200 an eighth is 12 chunks of 1408 rows and 8.1 GB at 4.2 TB/s: 1.9 ms, behind
+// the 3.8 ms of arithmetic of that product; of 64 MiB it were 40 chunks and 6.4 ms, which nothing hides.
+constexpr int64_t kDeviceLeast = 64 * kMiB, kDeviceMost = 256 * kMiB, kDeviceAutomatic = 1024 * kMiB;
+// A panel of f32 logits in one pass: several tiles of 128 x 256 for each of 132 multiprocessors. One tile
+// each would stay in the L2, but a product of a single wave reaches 500 TFLOP/s and one of four 700, which is
+// worth more than the reads of softmax.
+constexpr int64_t kDevicePanel = 128 * kMiB;
 // The same with its bf16 gradient and, at C = 1280, 6.3 MiB for the hidden gradient in f32: 1280 x 3328, 130
 // tiles for the logits and as many for the head's gradient. Per panel four products of 15 us at best, and two
 // softmax kernels of 4 us, on 260 panels: 18 ms, and 2 to 3 us of ramp for each of six launches more.
@@ -45,6 +46,8 @@ struct Problem {
   int64_t chunk_budget() const {
     if (options.memory_budget > 0) return options.memory_budget;
     if (host) return std::max(kLeastRows, kHostLogits / (vocab * master)) * row_bytes();
+    if (options.backend == LossBackend::automatic)
+      return std::clamp(n * vocab, kDeviceLeast, kDeviceAutomatic);
     return std::clamp(n * vocab / 4, kDeviceLeast, kDeviceMost);
   }
   int64_t cce_budget() const {

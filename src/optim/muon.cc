@@ -11,9 +11,6 @@
 namespace flexchat {
 namespace {
 
-struct Quintic {
-  double a, b, c;
-};
 constexpr Quintic kNewtonSchulzStep = {3.4445, -4.7750, 2.0315};
 constexpr std::array<Quintic, 5> kNewtonSchulz = {kNewtonSchulzStep, kNewtonSchulzStep, kNewtonSchulzStep,
                                                   kNewtonSchulzStep, kNewtonSchulzStep};
@@ -25,32 +22,21 @@ constexpr std::array<Quintic, 5> kPolarExpress = {{
     {2.3465413258596377, -1.7097828382687081, 0.42323551169305323},
 }};
 
-// Each step X <- a*X + (b*A + c*A*A) X with A = X X^T, or for a tall X the same of its transpose; x is used
-// up. The order (c*A)*A is classic nanochat's: in bf16 it decides the last bits, and small singular values
-// amplify those.
+// All steps; x is used up.
 Tensor iterate(Backend& backend, const std::array<Quintic, 5>& steps, Tensor x) {
-  const bool tall = x.dim(1) > x.dim(2);
-  const Shape square = {x.dim(0), std::min(x.dim(1), x.dim(2)), std::min(x.dim(1), x.dim(2))};
-  const Tensor gram = backend.empty(square, x.dtype()), scaled = backend.empty(square, x.dtype());
-  const Tensor polynomial = backend.empty(square, x.dtype());
+  const int64_t side = std::min(x.dim(1), x.dim(2));
+  const Tensor gram = backend.empty({x.dim(0), side, side}, x.dtype());
+  const Tensor polynomial = backend.empty({x.dim(0), side, side}, x.dtype());
   Tensor out = backend.empty(x.shape(), x.dtype());
   for (const Quintic& q : steps) {
-    backend.matmul_batched(x, tall ? Trans::yes : Trans::no, x, tall ? Trans::no : Trans::yes, 0, gram);
-    backend.axpby(q.c, gram, 0, scaled);
-    backend.matmul_batched(scaled, Trans::no, gram, Trans::no, 0, polynomial);
-    backend.add_product(q.b, gram, polynomial);
-    if (tall) {
-      backend.matmul_batched(x, Trans::no, polynomial, Trans::yes, 0, out);
-    } else {
-      backend.matmul_batched(polynomial, Trans::no, x, Trans::no, 0, out);
-    }
-    backend.add_product(q.a, x, out);
+    backend.muon_step(q, x, gram, polynomial, out);
     std::swap(x, out);
   }
   return x;
 }
 
-// Bytes of temporaries for one (m, n) matrix: two of its shape and three square ones of its shorter side.
+// Bytes of temporaries for one (m, n) matrix at most: two of its shape and three square ones of its shorter
+// side.
 int64_t temporary_bytes(const Shape& matrix, DType dtype) {
   const int64_t side = std::min(matrix[0], matrix[1]);
   return (2 * matrix[0] * matrix[1] + 3 * side * side) * dtype_size(dtype);

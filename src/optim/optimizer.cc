@@ -143,16 +143,20 @@ bool Optimizer::plans_are_current() const {
 
 void Optimizer::prepare() {
   if (plans_are_current()) return;
-  std::vector<UpdateSlot> all, adamw;
+  std::vector<UpdateSlot> all, adamw, added_to;
   std::map<Shape, std::vector<UpdateSlot>> matrices;
   for (size_t i = 0; i < groups_.size(); ++i) {
-    for (UpdateSlot& slot : group_slots(i)) {
+    std::vector<UpdateSlot> slots = group_slots(i);
+    for (size_t k = 0; k < slots.size(); ++k) {
+      UpdateSlot& slot = slots[k];
       all.push_back(slot);
+      if (!groups_[i].slots[k].param->by_product) added_to.push_back(slot);
       (groups_[i].muon ? matrices[slot.value.shape()] : adamw).push_back(std::move(slot));
     }
   }
   Plans plans;
   plans.all = backend_.plan_update(std::move(all));
+  plans.added_to = backend_.plan_update(std::move(added_to));
   if (!adamw.empty()) plans.adamw = backend_.plan_update(std::move(adamw));
   const int64_t stack_bytes = backend_.arena().host() ? 0 : config_.muon_stack_bytes;
   for (auto& [shape, slots] : matrices) {
@@ -211,9 +215,9 @@ Optimizer::Result Optimizer::result() {
   return {found.norm, skipped};
 }
 
-void Optimizer::zero_grad() {
+void Optimizer::zero_grad(bool fresh_pass) {
   prepare();
-  backend_.zero_grads(*plans_.all);
+  backend_.zero_grads(fresh_pass ? *plans_.added_to : *plans_.all);
 }
 
 void Optimizer::set_lr(double lr) {

@@ -34,8 +34,9 @@ struct OptimizerConfig {
   double adamw_weight_decay = 0;  // classic: lm_head and wte; modern has constants in its table
   // Of Muon's iterations: the backend's master dtype, or bf16 where that is f32.
   DType muon_dtype = DType::bf16;
-  // Temporaries of Muon on a device. In host memory matrices are worked through one by one, for caches.
-  int64_t muon_stack_bytes = int64_t{512} << 20;
+  // Temporaries of Muon on a device, where those of forward and backward lay. In host memory matrices are
+  // worked through one by one, for caches.
+  int64_t muon_stack_bytes = int64_t{2048} << 20;
 
   // The rates a base training run starts from: the member defaults for classic; for modern embedding 0.3,
   // unembedding 0.008.
@@ -85,8 +86,9 @@ class Optimizer {
     bool skipped = false;
   };
   Result result();
-  // Every gradient becomes 0, in one launch where the device can. Kernels only after the first set_rates().
-  void zero_grad();
+  // Every gradient becomes 0, in one launch where the device can; before a fresh pass (Tape::set_fresh) only
+  // those that it adds to. Kernels only after the first set_rates().
+  void zero_grad(bool fresh_pass = false);
   int64_t steps_done() const { return steps_; }
 
   // Groups in the order above; rates and constants may be changed between steps.
@@ -109,6 +111,7 @@ class Optimizer {
   // The slots of all groups with tables on the device, for parameters as they are.
   struct Plans {
     std::shared_ptr<const UpdatePlan> all, adamw;  // adamw: null when there is none
+    std::shared_ptr<const UpdatePlan> added_to;    // those whose gradient a fresh pass adds to
     std::vector<Muon> muon;                        // one for each shape
   };
   void add_slot(OptimizerGroup& group, Parameter* param);

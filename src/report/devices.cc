@@ -1,10 +1,13 @@
 #include "report/devices.h"
 
+#include <fmt/core.h>
+
 #include <dnnl.hpp>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "backend/cuda_loader.h"
+#include "backend/nvrtc.h"
 #include "report/environment.h"
 
 namespace flexchat {
@@ -56,6 +59,19 @@ std::vector<KernelRow> kernel_table() {
   rows.push_back({"cuda", "every op", "f32, bf16, f16", "an NVIDIA GPU, sm_80 or later", cuda,
                   cuda ? "cuBLASLt, own kernels" : "no usable device"});
   return rows;
+}
+
+bool runs_here(const AttentionSupport& support) { return support.device != "cuda" || cuda_available(); }
+
+RuntimeCompiler runtime_compiler() {
+  try {
+    const Nvrtc& nvrtc = Nvrtc::instance();
+    return {true, fmt::format("any mask and score mod: NVRTC {}, {}", nvrtc.version(), nvrtc.path())};
+  } catch (const std::exception& e) {
+    return {false, fmt::format("only masks and score mods compiled ahead of time (plain, causal, document, "
+                               "ALiBi): {}",
+                               e.what())};
+  }
 }
 
 std::vector<Json> cuda_accelerators() {

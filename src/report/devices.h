@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/attention_support.h"
 #include "base/options.h"
 
 namespace flexchat {
@@ -17,6 +18,17 @@ struct KernelRow {
   std::string how;  // which implementation was picked, or what is missing
 };
 std::vector<KernelRow> kernel_table();
+
+// Does the device of an attention kernel (backend/attention_support.h) exist here?
+bool runs_here(const AttentionSupport& support);
+
+// Which masks and score mods GPU kernels can be made for: "any expression (NVRTC 13.0, its path)", or only
+// those compiled ahead of time and why.
+struct RuntimeCompiler {
+  bool available = false;
+  std::string how;
+};
+RuntimeCompiler runtime_compiler();
 
 // {"device": "cuda:0", "name": "NVIDIA H200", "description": the line of cuda_devices()} for each CUDA
 // device; for capture_environment(). Opens the CUDA library.

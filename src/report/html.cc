@@ -354,6 +354,33 @@ std::string header(const std::string& title, const Json& summary, const Json& en
   return out + "</header>\n";
 }
 
+std::string page(const std::string& title, const std::string& body) {
+  return "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
+         "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n<title>" +
+         escape_xml(title) + "</title>\n<style>" + std::string(kPageStyle) + std::string(plot_style()) +
+         "</style></head>\n<body><main>\n" + body + "</main></body></html>\n";
+}
+
+std::string run_name(const fs::path& run_dir, const Json& summary) {
+  const std::string id = text(summary, "run_id");
+  return id.empty() ? fs::absolute(run_dir).lexically_normal().filename().string() : id;
+}
+
+// One plot with a line for each run; runs without the column are left out.
+Plot overlay(const std::string& title, const std::string& y_label, const std::string& key,
+             const std::vector<std::pair<std::string, Metrics>>& runs) {
+  Plot plot{title, "step", y_label, {}};
+  int color = 0;
+  for (const auto& [name, metrics] : runs) {
+    const MetricColumn& column = metrics.column(key);
+    if (!column.empty()) {
+      plot.series.push_back(series(with_last(name, column), column, Series::Style::line, color));
+    }
+    color = (color + 1) % 6;
+  }
+  return plot;
+}
+
 Json read_json(const fs::path& path) {
   std::error_code error;
   if (!fs::exists(path, error)) return Json::object();
@@ -368,11 +395,8 @@ std::string train_report_html(const std::string& title, const Json& summary, con
                               const Metrics& metrics) {
   const Json* found = find(summary, "environment");
   Json environment = found && found->is_object() ? *found : Json::object();
-  std::string out = "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n";
-  out += "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n";
-  out += "<title>" + escape_xml(title) + "</title>\n<style>" + std::string(kPageStyle) +
-         std::string(plot_style()) + "</style></head>\n<body><main>\n";
-  out += header(title, summary, environment) + cards(summary, metrics) + plots(metrics) + samples(metrics);
+  std::string out =
+      header(title, summary, environment) + cards(summary, metrics) + plots(metrics) + samples(metrics);
   environment.erase("command");  // stands above
   std::string tables;
   table_card(tables, "Configuration", config);
@@ -384,7 +408,47 @@ std::string train_report_html(const std::string& title, const Json& summary, con
     out += fmt::format(" {} unreadable {} of metrics.jsonl left out.", metrics.bad_lines,
                        metrics.bad_lines == 1 ? "line" : "lines");
   }
-  return out + "</footer>\n</main></body></html>\n";
+  return page(title, out + "</footer>\n");
+}
+
+std::string compare_report_html(const std::vector<fs::path>& run_dirs) {
+  std::vector<std::pair<std::string, Metrics>> runs;
+  std::string table =
+      "<tr><td>run</td><td>device, dtype, attention</td><td>steps</td><td>final loss</td>"
+      "<td>val bpb</td><td>tok/s</td><td>peak memory</td></tr>\n";
+  for (const fs::path& dir : run_dirs) {
+    std::error_code error;
+    check(fs::is_directory(dir, error), "{}: no such run folder", dir.string());
+    const Json summary = read_json(dir / "summary.json"), config = read_json(dir / "config.json");
+    const std::string name = run_name(dir, summary);
+    runs.emplace_back(name, read_metrics(dir / "metrics.jsonl"));
+    const Json* results = find(summary, "results");
+    const auto cell = [&](const char* key, const auto& format) {
+      const auto value = results ? number(*results, key) : std::nullopt;
+      table += "<td>" + (value ? escape_xml(format(*value)) : std::string("-")) + "</td>";
+    };
+    std::vector<std::string> how;
+    for (const char* key : {"device", "dtype", "attention"}) {
+      if (const std::string word = text(config, key); !word.empty()) how.push_back(word);
+    }
+    table += "<tr><td>" + escape_xml(name) + "</td><td>" + escape_xml(join(how)) + "</td>";
+    const auto fixed4 = [](double v) { return fmt::format("{:.4f}", v); };
+    cell("steps", short_count);
+    cell("final_loss", fixed4);
+    cell("val_bpb", fixed4);
+    cell("tok_per_sec", short_count);
+    cell("peak_memory_bytes", format_bytes);
+    table += "</tr>\n";
+  }
+  std::string out = fmt::format("<header><h1>{} runs beside each other</h1></header>\n", runs.size());
+  out += "<section class=\"plots\">\n";
+  plot_card(out, overlay("Training loss", "nats per token", "loss", runs), true);
+  plot_card(out, overlay("Validation", "bits per byte", "val_bpb", runs));
+  Plot speed = overlay("Throughput", "tokens per second", "tok_per_sec", runs);
+  speed.zero_based = true;
+  plot_card(out, speed);
+  out += "</section>\n<h2>Results</h2>\n<div class=\"card\"><table>" + table + "</table></div>\n";
+  return page("Runs beside each other", out + "<footer>Written by flexchat.</footer>\n");
 }
 
 fs::path render_train_report(const fs::path& run_dir) {
@@ -393,11 +457,10 @@ fs::path render_train_report(const fs::path& run_dir) {
   const Json summary = read_json(run_dir / "summary.json");
   const Json config = read_json(run_dir / "config.json");
   const Metrics metrics = read_metrics(run_dir / "metrics.jsonl");
-  std::string id = text(summary, "run_id");
-  if (id.empty()) id = fs::absolute(run_dir).lexically_normal().filename().string();
-  const fs::path page = run_dir / "report.html";
-  write_file_atomic(page, train_report_html("Training run " + id, summary, config, metrics));
-  return page;
+  const fs::path file = run_dir / "report.html";
+  write_file_atomic(
+      file, train_report_html("Training run " + run_name(run_dir, summary), summary, config, metrics));
+  return file;
 }
 
 }  // namespace flexchat

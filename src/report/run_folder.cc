@@ -12,10 +12,12 @@
 #include <sstream>
 #include <vector>
 
+#include "backend/cuda_loader.h"
 #include "base/error.h"
 #include "base/file.h"
 #include "base/strings.h"
 #include "base/utf8.h"
+#include "report/devices.h"
 #include "report/environment.h"
 
 namespace flexchat {
@@ -123,7 +125,9 @@ void RunFolder::write_summary(const Json& summary) const {
   whole["kind"] = kind_;
   whole["run_id"] = run_id_;
   for (const auto& item : summary.items()) whole[item.key()] = item.value();
-  if (!whole.contains("environment")) whole["environment"] = capture_environment();
+  if (!whole.contains("environment")) {
+    whole["environment"] = capture_environment(cuda_opened() ? cuda_accelerators() : std::vector<Json>());
+  }
   write_json("summary.json", whole);
   write_text("run.md", render_run_markdown(whole));
 }

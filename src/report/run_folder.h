@@ -41,7 +41,8 @@ class RunFolder {
   void write_json(const std::string& name, const Json& value) const;
   void write_text(const std::string& name, std::string_view text) const;
 
-  // summary.json and run.md. "kind", "run_id" and "environment" are put in front unless present. A scalar
+  // summary.json and run.md. "kind", "run_id" and "environment" are put in front unless present; the
+  // latter lists GPUs if this process has opened the CUDA library. A scalar
   // becomes a table row, an object a section, an array of objects a table.
   void write_summary(const Json& summary) const;
 

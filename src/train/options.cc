@@ -66,6 +66,8 @@ void TrainOptions::declare(Options& o) {
 
   group = "Execution";
   compute.declare(o, group);
+  attention.declare(o, group);
+  loss.declare(o, group);
   add("--seed", &seed, "of the initial weights").at_least(0);
   add("--checkpoint-activations", &checkpoint_activations,
       "recompute blocks in backward: less memory, same bits");

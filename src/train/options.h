@@ -9,6 +9,7 @@
 #include "backend/device_options.h"
 #include "base/options.h"
 #include "models/config.h"
+#include "models/run_options.h"
 #include "optim/budget.h"
 #include "optim/optimizer.h"
 #include "optim/schedule.h"
@@ -40,6 +41,8 @@ struct TrainOptions {
   OrdinalOptions ordinal;
   // execution
   DeviceOptions compute;
+  AttentionOptions attention;
+  HeadLossOptions loss;
   int64_t seed = 42;
   bool checkpoint_activations = false;
   bool cuda_graph = true;

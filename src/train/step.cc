@@ -21,7 +21,7 @@ TrainStep::TrainStep(Gpt& model, Optimizer& optimizer, int64_t batch, int64_t se
 }
 
 void TrainStep::begin() {
-  optimizer_.zero_grad();
+  optimizer_.zero_grad(micro_batches_ == 1);
   backend_.fill(loss_, 0);
 }
 
@@ -39,6 +39,7 @@ void TrainStep::load(const Tensor& ids, const Tensor& targets, double loss_scale
 void TrainStep::forward_backward() {
   const auto tokens = static_cast<double>(batch_ * sequence_len_ * micro_batches_);
   Tape tape(backend_, true);
+  tape.set_fresh(micro_batches_ == 1);
   const Tensor nll = model_.nll(tape, ids_, targets_, loss_scale_ / tokens);
   tape.backward();
   backend_.add_sum(nll, loss_);

@@ -61,6 +61,11 @@ Trainer::Trainer(const TrainOptions& options, const GptConfig& config, Tokenizer
                  options.cuda_graph),
       token_bytes_(tokenizer_.token_bytes()) {
   model_.set_checkpoint_activations(options.checkpoint_activations);
+  options.attention.apply(model_);
+  options.loss.apply(model_);
+  model_.plan_attention(options.device_batch_size, config.sequence_len);
+  loss_plan_ = model_.loss_plan(options.device_batch_size * config.sequence_len, true);
+  attention_ = attention_record(model_);
   for (OptimizerGroup& group : optimizer_.groups()) group.lr *= budget_.lr_factor;
   if (options.schedule == "ordinal") {
     ordinal_.emplace(options.ordinal);
@@ -214,6 +219,8 @@ void Trainer::print_plan() const {
                          budget_.tokens() * flops_per_token(config_))});
   table.row({"compute", fmt::format("{} in {}, {} threads", backend_->name(),
                                     dtype_name(model_.compute_dtype()), options_.compute.threads)});
+  table.row({"attention", attention_line(model_)});
+  table.row({"loss", loss_line(loss_plan_)});
   fmt::print(stderr, "{}", table.text());
 }
 
@@ -280,24 +287,27 @@ void Trainer::sample() {
 
 void Trainer::finish(const std::string& status) {
   const int64_t steps = step_ - first_step_ - 1;
+  const bool timed = steps > 0 && process_seconds_ > 0;
+  const double rate = timed ? static_cast<double>(steps * budget_.total_batch_size) / process_seconds_ : 0;
   const auto latest = find_latest_checkpoint(run_.path());
-  const Json results = {
-      {"steps", step_},
-      {"final_loss", smooth_loss_},
-      {"val_bpb", last_bpb_ ? Json(*last_bpb_) : Json(nullptr)},
-      {"best_val_bpb", best_bpb_ ? Json(*best_bpb_) : Json(nullptr)},
-      {"tok_per_sec", steps > 0 && process_seconds_ > 0
-                          ? Json(static_cast<double>(steps * budget_.total_batch_size) / process_seconds_)
-                          : Json(nullptr)},
-      {"seconds", train_seconds_},
-      {"parameters", count_params(config_).total()},
-      {"flops",
-       static_cast<double>(step_) * static_cast<double>(budget_.total_batch_size) * flops_per_token(config_)},
-      {"peak_memory_bytes", backend_->arena().stats().peak},
-      {"invalid_utf8_replaced", source_stats_.invalid_utf8},
-      {"checkpoint", latest ? Json(latest->string()) : Json(nullptr)}};
+  const Json results = {{"steps", step_},
+                        {"final_loss", smooth_loss_},
+                        {"val_bpb", last_bpb_ ? Json(*last_bpb_) : Json(nullptr)},
+                        {"best_val_bpb", best_bpb_ ? Json(*best_bpb_) : Json(nullptr)},
+                        {"tok_per_sec", timed ? Json(rate) : Json(nullptr)},
+                        {"tflops", timed ? Json(rate * flops_per_token(config_) / 1e12) : Json(nullptr)},
+                        {"seconds", train_seconds_},
+                        {"parameters", count_params(config_).total()},
+                        {"flops", static_cast<double>(step_) * static_cast<double>(budget_.total_batch_size) *
+                                      flops_per_token(config_)},
+                        {"peak_memory_bytes", backend_->arena().stats().peak},
+                        {"invalid_utf8_replaced", source_stats_.invalid_utf8},
+                        {"checkpoint", latest ? Json(latest->string()) : Json(nullptr)}};
   run_.write_summary({{"status", status},
                       {"results", results},
+                      {"device", backend_->name()},
+                      {"attention", attention_},
+                      {"loss", loss_record(loss_plan_)},
                       {"model_config", config_.to_json()},
                       {"horizon",
                        {{"num_iterations", budget_.num_iterations},

@@ -77,6 +77,8 @@ class Trainer {
   TrainStep step_work_;
   std::optional<LossScaler> scaler_;  // f16
   LossAverage average_;
+  LossPlan loss_plan_;
+  Json attention_;  // what runs in training: attention_record
   std::vector<int32_t> token_bytes_;
   std::optional<LoaderState> resume_position_;
   std::unique_ptr<BatchLoader> loader_;

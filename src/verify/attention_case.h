@@ -29,7 +29,8 @@ struct AttentionCase {
 // In host memory: out, dq (B, Tq, H*D), dk, dv (B, Tkv, G*D) in the dtype of the case, the others master. NaN
 // where the kernel did not write.
 struct AttentionResults {
-  Tensor out, lse;  // lse (B, H, Tq)
+  Tensor q, k, v, dout;  // what the kernel was given, as one tensor each
+  Tensor out, lse;       // lse (B, H, Tq)
   Tensor dq, dk, dv;
   std::vector<std::pair<std::string, Tensor>> captures;  // gradients of differentiable captured tensors
   std::string kernel;                                    // that ran

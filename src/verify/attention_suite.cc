@@ -113,7 +113,7 @@ void add_shapes(Suite& suite) {
     suite.add_causal(group + " kv decode", at_the_end(shape_of(2, heads, kv_heads, 1, 83, 64)));
     suite.add_causal(group + " kv chunk", at_the_end(shape_of(2, heads, kv_heads, 7, 71, 64)));
   }
-  for (const int64_t d : {32, 64, 80, 96, 128, 192, 256}) {
+  for (const int64_t d : {16, 32, 64, 80, 96, 128, 192, 256}) {
     suite.add_causal(fmt::format("head dim {}", d), shape_of(1, 2, 1, 45, 45, d));
   }
   const AttentionShape square = shape_of(2, 4, 2, 70, 70, 64);

@@ -39,6 +39,7 @@ class Golden {
         limits_(limits_for(options.compute)),
         config_(GptConfig::from_json(metadata("config"), file.string())),
         model_(config_, backend, options.compute) {
+    options.attention.apply(model_);
     reset();
   }
 
@@ -48,6 +49,7 @@ class Golden {
     trajectory();
     return std::move(checks_);
   }
+  Json attention() const { return attention_record(model_); }
 
  private:
   Json metadata(const std::string& key) const {
@@ -185,8 +187,11 @@ class Golden {
 }  // namespace
 
 std::vector<Check> verify_golden(const std::filesystem::path& file, Backend& backend,
-                                 const GoldenOptions& options) {
-  return Golden(file, backend, options).run();
+                                 const GoldenOptions& options, Json* attention) {
+  Golden golden(file, backend, options);
+  std::vector<Check> checks = golden.run();
+  if (attention) *attention = golden.attention();
+  return checks;
 }
 
 }  // namespace flexchat

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -69,20 +70,23 @@ struct HeadBuffer {
   HeadsView view(const Tensor& x) const {
     return {x.data(), x.dtype(), x.dim(1) * x.dim(2), token_stride, head_stride == d ? 0 : head_stride};
   }
-  // The elements of the view, side by side; `outside` (if given) tells whether all others are still NaN.
+  // The elements of the view, side by side; `untouched` (if given) tells whether all others are still NaN.
   Tensor inside(const Tensor& x, bool* untouched = nullptr) const {
     const Tensor result(host_arena(), {batch, tokens, heads, d}, x.dtype());
-    std::vector<bool> seen(static_cast<size_t>(x.numel()), false);
-    for (int64_t i = 0; i < result.numel(); ++i) {
-      const int64_t h = i / d % heads, t = i / d / heads % std::max<int64_t>(tokens, 1),
-                    b = i / d / heads / tokens;
-      const int64_t from = at(b, t, h) + i % d;
-      result.set(i, x.get(from));
-      seen[static_cast<size_t>(from)] = true;
+    const auto size = static_cast<int64_t>(dtype_size(x.dtype()));
+    const auto* from = static_cast<const char*>(x.data());
+    auto* to = static_cast<char*>(result.data());
+    int64_t end = 0;  // of what has been looked at
+    const auto skip_to = [&](int64_t begin) {
+      for (; untouched && end < begin; ++end) *untouched = *untouched && std::isnan(x.get(end));
+    };
+    for (int64_t row = 0; row < batch * tokens * heads; ++row, to += d * size) {
+      const int64_t begin = at(row / heads / tokens, row / heads % tokens, row % heads);
+      std::memcpy(to, from + begin * size, static_cast<size_t>(d * size));
+      skip_to(begin);
+      end = begin + d;
     }
-    for (int64_t i = 0; untouched && i < x.numel(); ++i) {
-      *untouched = *untouched && (seen[static_cast<size_t>(i)] || std::isnan(x.get(i)));
-    }
+    skip_to(x.numel());
     return result;
   }
 };

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
+#include <numbers>
 
 #include "backend/cuda/kernels/attention_params.cuh"
 #include "flex/derivative.h"
@@ -61,6 +62,7 @@ extern "C" void run_SECTION(const AttentionParams* p, const int* at, float score
   out[0] = mod_mask(c, mh, mq, mk, q, kv);
   out[1] = mod_score(c, mh, mq, mk, score, q, kv);
   out[2] = mod_score_grad(c, mh, mq, mk, score, q, kv);
+  out[11] = mod_score_base2(c, mh, mq, mk, score, score * kModLog2e, q, kv);
   for (int i = 0; i < MOD_N_CAPTURE_GRADS; ++i) {
     out[3 + i] = mod_capture_grad(i, c, mh, mq, mk, score, q, kv);
     index[i] = mod_capture_index(i, c, q, kv);
@@ -107,7 +109,7 @@ class Compiled {
   bool ok() const { return handle_ != nullptr; }
 
   struct Result {
-    float out[11];
+    float out[12];  // mask, score, gradients; the last is the score in base 2
     long long index[8];
   };
   Result run(size_t section, const AttentionParams& params, const Point& x) const {
@@ -286,6 +288,47 @@ std::vector<Expr> results_of(const Expr& mask, const Expr& score) {
   for (const CaptureDerivative& d : derivatives) results.push_back(arrange_products(d.derivative));
   for (const CaptureDerivative& d : derivatives) results.push_back(d.access);
   return results;
+}
+
+// Mods of all kinds that a factor log2(e) travels through: sums, selections, products on either side,
+// quotients, exp and its relatives.
+TEST(Emit, ScoresInBase2) {
+  if (!has_compiler()) GTEST_SKIP() << "no C++ compiler named c++";
+  Rng rng(32);
+  const Captured captured(rng);
+  const auto [score, b, h, q, kv, n_q, n_kv] = variables();
+  const Expr gain = captured.gain(kv), slope = captured.slope(h);
+  const std::vector<Expr> scores = {
+      score,
+      score + log(abs(gain) * sigmoid(score) + 1e-6) - 0.1 * abs(q - kv) / n_kv,
+      score - abs(slope) * (q - kv),
+      30.0 * tanh(score / 30.0),
+      score + gain + captured.bias(h, q, kv),
+      where(q % 3 == 1, score, -score * slope),
+      max(min(score, 2.0), -1.5 * abs(score)),
+      (q - kv) * slope - exp(0.25 * score) * gain,
+      score / (1.0 + exp(-score)),
+      softplus(score) + sqrt(abs(score)) + pow(abs(score), 1.5),
+      1.0 * (q - kv),
+      where(kv <= q, score, -INFINITY),
+  };
+  std::vector<EmittedMod> mods;
+  for (const Expr& x : scores) mods.push_back(emit_mod({}, x));
+  const Compiled compiled(mods);
+  ASSERT_TRUE(compiled.ok());
+  for (size_t i = 0; i < mods.size(); ++i) {
+    const AttentionParams params = captured.params(mods[i]);
+    for (int round = 0; round < 200; ++round) {
+      const Compiled::Result got = compiled.run(i, params, Captured::point(rng));
+      const double expected = static_cast<double>(got.out[1]) * std::numbers::log2e;
+      if (std::isinf(expected)) {
+        ASSERT_EQ(static_cast<double>(got.out[11]), expected) << to_text(scores[i]);
+      } else {
+        ASSERT_NEAR(got.out[11], expected, 4e-6 * (1 + std::abs(expected))) << to_text(scores[i]) << "\n"
+                                                                            << mods[i].text;
+      }
+    }
+  }
 }
 
 TEST(Emit, RandomSectionsHaveTheBitsOfTheF32Evaluator) {

@@ -229,10 +229,13 @@ TEST_P(Optimizers, EveryGroupHasItsRuleAndConstants) {
     }
   }
   EXPECT_EQ(adam_count, adam.size());
+  // On a device a stack of matrices is multiplied by another algorithm than one, and bf16 turns the last bits
+  // of its sums into larger ones.
+  const bool exact = backend->arena().host() || config.muon_dtype != DType::bf16;
   for (size_t i = 0; i < run.params.size(); ++i) {
     EXPECT_LT(
         relative_error(values(*backend, run.params[i].value), values(*backend, expected.params[i].value)),
-        1e-7)
+        exact ? 1e-7 : 1e-4)
         << run.params[i].name;
   }
 }

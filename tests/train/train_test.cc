@@ -212,6 +212,32 @@ TEST_F(Train, LossAndBitsPerByteFall) {
   EXPECT_NEAR(Json::parse(eval.out).at("bpb").get<double>(), bpb[1], 1e-9);
 }
 
+// The baselines of one budget: the same model and FLOPs with both paths of attention.
+TEST_F(Train, AFlopBudgetLeavesComparableRuns) {
+  double steps = 0;
+  for (const char* path : {"sdpa", "flex"}) {
+    Words words = base(path, {"--target-flops", "2e9", "--attention", path, "--loss", "chunked"});
+    const auto horizon = std::find(words.begin(), words.end(), "--num-iterations");
+    words.erase(horizon, horizon + 2);
+    const Finished done = run_program(words);
+    ASSERT_EQ(done.code, 0) << done.out;
+    EXPECT_NE(done.out.find(fmt::format("{} by cpu (", path)), std::string::npos) << done.out;
+    const Json summary = Json::parse(read_file(run_dir(path) / "summary.json"));
+    const Json& results = summary.at("results");
+    EXPECT_NEAR(results.at("flops").get<double>(), 2e9, 1e8);
+    EXPECT_GT(results.at("tok_per_sec").get<double>(), 0);
+    EXPECT_GT(results.at("tflops").get<double>(), 0);
+    EXPECT_GT(results.at("peak_memory_bytes").get<int64_t>(), 0);
+    EXPECT_EQ(summary.at("horizon").at("from"), "target_flops");
+    EXPECT_EQ(summary.at("attention").at("path"), path);
+    EXPECT_EQ(summary.at("attention").at("kernel"), "cpu");
+    EXPECT_EQ(summary.at("loss").at("backend"), "chunked");
+    EXPECT_EQ(summary.at("loss").at("reason"), "asked for");
+    if (steps == 0) steps = results.at("steps").get<double>();
+    EXPECT_EQ(results.at("steps").get<double>(), steps);
+  }
+}
+
 TEST(Accumulation, MicroBatchesAddUpToTheBigBatch) {
   const auto backend = make_cpu_backend();
   Gpt model({Arch::classic, 16, 50, 2, 2, 2, 32, ""}, *backend, DType::f32);
@@ -299,7 +325,10 @@ INSTANTIATE_TEST_SUITE_P(
                       BadInput{{"--total-batch-size", "100"}, "total"},
                       BadInput{{"--depth", "2"}, "--depth sets the shape"},
                       BadInput{{"--sequence-len", "40000", "--total-batch-size", "80000"}, "token"},
-                      BadInput{{"--tokenizer", "/no/such/tokenizer"}, "/no/such/tokenizer"}));
+                      BadInput{{"--tokenizer", "/no/such/tokenizer"}, "/no/such/tokenizer"},
+                      BadInput{{"--attention", "flx"}, "did you mean 'flex'"},
+                      BadInput{{"--attention", "flex:cuda_mma"}, "allowed on cpu: sdpa, flex, auto, cpu"},
+                      BadInput{{"--loss", "liger", "--loss-memory", "99"}, "one row of 300 logits"}));
 
 }  // namespace
 }  // namespace flexchat

@@ -23,11 +23,12 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace flexchat::HWY_NAMESPACE {
+namespace {
 
 using cpu::CpuAttentionPlan;
 using cpu::kForwardRows;
 
-constexpr int64_t kChunk = 256;      // keys whose slabs the tiles of a block share in sums over keys
+constexpr int64_t kChunk = 192;      // keys whose slabs the tiles of a block share in sums over keys
 constexpr int64_t kPackedRows = 16;  // query rows of a key head that repay packing its keys
 
 // One head's share of a forward.
@@ -41,23 +42,41 @@ struct HeadTask {
   int64_t key_head() const { return h / sizes.group(); }
 };
 
-// The log of a row's sum of exponentials, from its parts in base 2; -inf for a row that sees nothing.
-float log_sum(float shift, float sum) {
-  return static_cast<float>(static_cast<double>(shift) * kLn2 + std::log(static_cast<double>(sum)));
+// Sums of exponentials of a block's rows, in base 2: sum[r] of 2^(score - shift[r]).
+struct RowSums {
+  float shift[kForwardRows], sum[kForwardRows];
+
+  // factor[r] = 1 / sum[r], or 0 for a row that sees nothing, whose lse is -inf. lse may be null.
+  void finish(int64_t rows, float* factor, float* lse) const {
+    // ln 2 in two pieces: the product with a shift is then exact enough for any score.
+    const VF zero = set(0), ln2 = set(0.693145752f), ln2_rest = set(1.42860677e-6f);
+    for_each_vector(rows, [&](int64_t r, auto lanes) HWY_ATTR {
+      const VF total = load(sum + r, lanes), m = load(shift + r, lanes);
+      store(hn::IfThenZeroElse(hn::Eq(total, zero), hn::Div(set(1), total)), factor + r, lanes);
+      if (lse) store(hn::MulAdd(m, ln2, hn::MulAdd(m, ln2_rest, flex_math::log(total))), lse + r, lanes);
+    });
+  }
+};
+
+// The shift that takes a row's largest score to 2^0.
+float shift_of(float largest, float scale) {
+  return largest == -std::numeric_limits<float>::infinity() ? 0.0f : scale * largest;
 }
 
-// scores become weights that still miss factor[r] = 1 / their sum; lse, when given, that of the whole head.
+// scores become weights that still miss factor[r] = 1 / their sum; lse, when given, is that of these rows.
 void softmax(const Block& block, float* scores, float* factor, float* lse) {
   const float scale = block.sizes.scale * kLog2E;
-  const int64_t stride = block.stride();
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const Span span = span_of(block, r);
-    float* p = scores + r * stride;
-    const float shift = empty(span.keys) ? 0.0f : scale * max_row(p, span);
-    const float sum = exp_row(p, span, scale, shift);
-    factor[r] = empty(span.keys) ? 0.0f : 1 / sum;
-    if (lse) lse[block.r0 + r] = log_sum(shift, sum);
-  }
+  RowSums sums;
+  for_joint_rows(block.rows, [&](int64_t r, auto n) HWY_ATTR {
+    const JointRows<n()> rows(block, scores, r);
+    float largest[n()];
+    std::fill_n(largest, n(), -std::numeric_limits<float>::infinity());
+    max_rows(rows, largest);
+    for (int i = 0; i < n(); ++i) sums.shift[r + i] = shift_of(largest[i], scale);
+    std::fill_n(sums.sum + r, n(), 0.0f);
+    exp_rows<false>(rows, scale, sums.shift + r, sums.sum + r);
+  });
+  sums.finish(block.rows, factor, lse);
 }
 
 // ---- the built-in mask alone ----------------------------------------------------------------------------
@@ -71,7 +90,7 @@ void plain_block(const HeadTask& task, const Block& block, int64_t n, const floa
   float* scores = block.reserve(x.s);
   multiply_scores(block, rows_of<T>(tensors.q, b, r0, rows, h, d, x.q), k, d, scores);
   float factor[kForwardRows];
-  softmax(block, scores, factor, lse);
+  softmax(block, scores, factor, lse ? lse + r0 : nullptr);
   for (int64_t r = r0 + rows; r < std::min(r0 + 2 * rows, sizes.q_len); ++r)
     prefetch_row(head<T>(tensors.q, b, r, h, d), d);
   const Target o = target_of<T>(tensors.out, b, r0, rows, h, d, x.o);
@@ -90,21 +109,19 @@ void plain_row(const HeadTask& task, Scratch& x) {
   const int64_t d = sizes.head_dim, g = task.key_head();
   const Range keys = sizes.visible(0);
   const int64_t n = keys.end - keys.begin;
-  const Span all = {{0, n}, {0, round_up(n, vector_lanes())}};
-  float *p = x.s.reserve(all.read.end), *o = x.o.reserve(d);
+  const Block block = {sizes, keys.begin, 0, 1, {0, n}};
+  float *p = block.reserve(x.s), *o = x.o.reserve(d);
   const T* q = head<T>(tensors.q, b, 0, h, d);
   const HeadRows<T> k = key_rows<T>(tensors.k, plan, tensors, b, keys.begin, n, g, x.k_rows),
                     v = key_rows<T>(tensors.v, plan, tensors, b, keys.begin, n, g, x.v_rows);
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) four_dots(q, k.data + j * k.stride, k.stride, d, p + j);
   for (; j < n; ++j) p[j] = dot(q, k.data + j * k.stride, d);
-  const float scale = sizes.scale * kLog2E;
-  const float shift = n > 0 ? scale * max_row(p, all) : 0.0f;
-  const float sum = exp_row(p, all, scale, shift);
+  float factor[1];
+  softmax(block, p, factor, lse);
   std::fill_n(o, d, 0.0f);
   add_weighted_sum(p, v.data, v.stride, n, o, d);
-  put_row(o, n > 0 ? 1 / sum : 0.0f, head<T>(tensors.out, b, 0, h, d), d);
-  if (lse) lse[0] = log_sum(shift, sum);
+  put_row(o, factor[0], head<T>(tensors.out, b, 0, h, d), d);
 }
 
 // ---- any mask and mod -----------------------------------------------------------------------------------
@@ -126,36 +143,43 @@ void make_pieces(const HeadTask& task, int64_t base, int64_t r0, int64_t rows, S
   }
 }
 
+// Multiplies weights of row r by the factors of its dropout.
+void drop(const HeadTask& task, const Piece& piece, int64_t r, Scratch& x) {
+  const Block& block = piece.block;
+  const Range read = span_of(block, r).read;
+  if (empty(read)) return;
+  const int64_t n = read.end - read.begin;
+  float* kept = x.kept.reserve(dropout_room(n));
+  DropoutRow(task.plan, task.b, task.h, block.r0 + r)
+      .factors(block.base + block.part.begin + read.begin, n, kept);
+  for_each_vector(n, [&](int64_t i, auto lanes) HWY_ATTR {
+    float* w = piece.scores + r * block.stride() + read.begin + i;
+    store(hn::Mul(load(w, lanes), load(kept + i, lanes)), w, lanes);
+  });
+}
+
 // As softmax(), over the pieces of a block and with dropout.
 void modded_softmax(const HeadTask& task, int64_t r0, int64_t rows, float* factor, Scratch& x) {
-  const CpuAttentionPlan& plan = task.plan;
   const float scale = x.hook.exponent_scale();
-  const bool dropout = plan.spec().dropout > 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    float largest = -std::numeric_limits<float>::infinity(), sum = 0;
+  const bool has_mod = task.plan.has_mod(), dropout = task.plan.spec().dropout > 0;
+  RowSums sums;
+  for_joint_rows(rows, [&](int64_t r, auto n) HWY_ATTR {
+    float largest[n()];
+    std::fill_n(largest, n(), -std::numeric_limits<float>::infinity());
+    for (const Piece& piece : x.pieces) max_rows(JointRows<n()>(piece.block, piece.scores, r), largest);
+    for (int i = 0; i < n(); ++i) sums.shift[r + i] = shift_of(largest[i], scale);
+    std::fill_n(sums.sum + r, n(), 0.0f);
     for (const Piece& piece : x.pieces) {
-      largest = std::max(largest, max_row(piece.scores + r * piece.block.stride(), span_of(piece.block, r)));
+      const JointRows<n()> joint(piece.block, piece.scores, r);
+      if (has_mod || piece.masked) {
+        exp_rows<true>(joint, scale, sums.shift + r, sums.sum + r);
+      } else {
+        exp_rows<false>(joint, scale, sums.shift + r, sums.sum + r);
+      }
+      for (int i = 0; dropout && i < n(); ++i) drop(task, piece, r + i, x);
     }
-    const bool blind = largest == -std::numeric_limits<float>::infinity();
-    const float shift = blind ? 0.0f : scale * largest;
-    for (const Piece& piece : x.pieces) {
-      const Block& block = piece.block;
-      float* p = piece.scores + r * block.stride();
-      const Span span = span_of(block, r);
-      sum += exp_modded_row(p, span, scale, shift);
-      if (!dropout || empty(span.read)) continue;
-      const int64_t n = span.read.end - span.read.begin;
-      float* kept = x.kept.reserve(dropout_room(n));
-      DropoutRow(plan, task.b, task.h, r0 + r)
-          .factors(block.base + block.part.begin + span.read.begin, n, kept);
-      for_each_vector(n, [&](int64_t i, auto lanes) HWY_ATTR {
-        float* w = p + span.read.begin + i;
-        store(hn::Mul(load(w, lanes), load(kept + i, lanes)), w, lanes);
-      });
-    }
-    factor[r] = blind ? 0.0f : 1 / sum;
-    if (task.lse) task.lse[r0 + r] = log_sum(shift, sum);
-  }
+  });
+  sums.finish(rows, factor, task.lse ? task.lse + r0 : nullptr);
 }
 
 // Keys and values of a head: packed as panels and slabs of n keys, or as they are.
@@ -315,6 +339,8 @@ void forward_heads(const CpuAttentionPlan& plan, const AttentionTensors& tensors
     }
   }
 }
+
+}  // namespace
 
 void Attention(const CpuAttentionPlan& plan, const AttentionTensors& x) {
   with_float_type(x.q.dtype, [&](auto* type) {

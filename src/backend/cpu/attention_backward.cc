@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <span>
 #include <type_traits>
 
 #include "backend/cpu/attention_blocks-inl.h"
@@ -38,12 +39,18 @@ struct CaptureSum {
 
 HWY_BEFORE_NAMESPACE();
 namespace flexchat::HWY_NAMESPACE {
+namespace {
 
 using cpu::CaptureSum;
 using cpu::CpuAttentionPlan;
 using cpu::kBackwardRows;
 
-constexpr int64_t kPart = kTileKeys;  // keys whose scores a block holds at a time, in L2 or better
+// Query rows and keys of a block without programs: long sums over rows keep dk and dv in registers, and what
+// a tile of any product reads again stays in L1. Blocks of a mask have fewer rows, as its edges cost whole
+// ones.
+constexpr int64_t kPlainRows = 128, kPlainKeys = 192;
+constexpr int64_t kMostRows = std::max(kPlainRows, kBackwardRows);
+constexpr int64_t kMostKeys = std::max(kPlainKeys, kTileKeys);
 
 // A key head of n keys packed for backward, and where its dk and dv are summed.
 struct KeyHead {
@@ -71,8 +78,9 @@ struct KeyTask {
   int64_t number() const { return b * sizes.n_kv_head + g; }
 };
 
-// scores become the weights P; dscores, the gradient of P, become that of the scores.
-// delta[r] = scale * (dO . O - dlse).
+// scores become the weights P; dscores, the gradient of P, become that of the scores. kHoles: scores may be
+// -inf. delta[r] = scale * (dO . O - dlse).
+template <bool kHoles>
 void softmax_backward(const Block& block, const float* lse, const float* delta, float* scores,
                       float* dscores) {
   const float scale = block.sizes.scale;
@@ -83,8 +91,14 @@ void softmax_backward(const Block& block, const float* lse, const float* delta, 
     float *p = scores + r * block.stride(), *ds = dscores + r * block.stride();
     const VF d_r = set(delta[r]), shift = set(lse[r] * kLog2E);
     for_each_score(span, [&](int64_t i, auto keep) HWY_ATTR {
-      const VF e = keep(exp2(hn::MulSub(a, hn::LoadU(F32(), p + i), shift)), zero);
-      const VF g = keep(hn::MulSub(factor, hn::LoadU(F32(), ds + i), d_r), zero);
+      const VF s = hn::LoadU(F32(), p + i);
+      VF e = keep(exp2(hn::MulSub(a, s, shift)), zero);
+      VF g = keep(hn::MulSub(factor, hn::LoadU(F32(), ds + i), d_r), zero);
+      if constexpr (kHoles) {
+        const auto blind = hn::Eq(s, minus_infinity());
+        e = hn::IfThenZeroElse(blind, e);
+        g = hn::IfThenZeroElse(blind, g);
+      }
       hn::StoreU(e, F32(), p + i);
       hn::StoreU(hn::Mul(e, g), F32(), ds + i);
     });
@@ -96,18 +110,24 @@ void add_to_keys(const Block& block, const QueryRows& x, const float* scores, co
                  KeyHead& keys) {
   const int64_t d = block.sizes.head_dim;
   const Range part = intersection(block.keys(), block.part);
+  KeyTile tiles[kMostKeys / kTileRows + 2];
+  int n_tiles = 0;
   Range seen = {0, 0};  // rows that see some of the keys [j, j + kTileRows)
   for (int64_t j = part.begin / kTileRows * kTileRows; j < part.end; j += kTileRows) {
     const int64_t n = std::min<int64_t>(kTileRows, keys.n - j);
     while (seen.begin < block.rows && block.row(seen.begin).end <= j) ++seen.begin;
     while (seen.end < block.rows && block.row(seen.end).begin < j + n) ++seen.end;
     if (empty(seen)) continue;
-    const bool accumulate = j < keys.written;
-    multiply_transposed(block, j, seen, dscores, x.q_slabs, d, n, accumulate, keys.dk);
-    multiply_transposed(block, j, seen, scores, x.do_slabs, d, n, accumulate, keys.dv);
+    tiles[n_tiles++] = {j, n, seen, j < keys.written};
     keys.written = std::max(keys.written, j + kTileRows);
   }
+  const std::span<const KeyTile> all(tiles, static_cast<size_t>(n_tiles));
+  multiply_transposed(block, all, dscores, x.q_slabs, d, keys.dk);
+  multiply_transposed(block, all, scores, x.do_slabs, d, keys.dv);
 }
+
+// Can softmax_backward() do it?
+bool is_mask_only(const CpuAttentionPlan& plan) { return !plan.has_mod() && plan.spec().dropout == 0; }
 
 // ---- the built-in mask alone ----------------------------------------------------------------------------
 
@@ -115,13 +135,13 @@ void plain_rows(const Block& rows, const QueryRows& query, KeyHead& keys, const 
                 const float* delta, const Target& dq, Scratch& x) {
   const int64_t d = rows.sizes.head_dim;
   const Range all = rows.keys();
-  const int64_t step = round_up(kPart, panel_width()), first = all.begin / step * step;
+  const int64_t step = round_up(kPlainKeys, panel_width()), first = all.begin / step * step;
   for (int64_t j = first; j == first || j < all.end; j += step) {
     const Block block = {rows.sizes, 0, rows.r0, rows.rows, {j, std::min(j + step, keys.n)}};
     float *scores = block.reserve(x.s), *dscores = block.reserve(x.ds);
     multiply_scores(block, query.q, keys.k_panels, d, scores);
     multiply_scores(block, query.d_o, keys.v_panels, d, dscores);
-    softmax_backward(block, lse, delta, scores, dscores);
+    softmax_backward<false>(block, lse, delta, scores, dscores);
     multiply_weights(block, block.part, j == first ? Chunk::first : Chunk::later, dscores, keys.k_slabs,
                      keys.n, d, nullptr, dq);
     add_to_keys(block, query, scores, dscores, keys);
@@ -221,17 +241,25 @@ void modded_rows(const KeyTask& task, int64_t h, const Block& rows, const QueryR
     std::fill_n(dq.data + r * dq.stride, round_up(d, vector_lanes()), 0.0f);
   x.hook.rows(rows.sizes.q_offset + r0, rows.rows);
   task.plan.segments(true, task.b, h, r0 / kBackwardRows, x.segments);
+  const bool mask_only = is_mask_only(task.plan);
   for (const cpu::Segment& segment : x.segments) {
-    for (int64_t j = segment.keys.begin; j < segment.keys.end; j += kPart) {
-      const Block block = {rows.sizes, 0, r0, rows.rows, {j, std::min(j + kPart, segment.keys.end)}};
+    for (int64_t j = segment.keys.begin; j < segment.keys.end; j += kTileKeys) {
+      const Block block = {rows.sizes, 0, r0, rows.rows, {j, std::min(j + kTileKeys, segment.keys.end)}};
       float *scores = block.reserve(x.s), *dscores = block.reserve(x.ds);
       const Piece piece = {block, scores, segment.masked};
       multiply_scores(block, query.q, keys.k_panels, d, scores);
       multiply_scores(block, query.d_o, keys.v_panels, d, dscores);
-      x.hook.apply(piece, [&](const TileMachine& m, int64_t r, int64_t first, const Span& span) {
-        const ModdedRow row = {task, h, r0 + r, x.hook.exponent_scale(), lse[r], delta[r]};
-        modded_row(row, m, piece, dscores, first, span, r, x);
-      });
+      if (mask_only && !piece.masked) {
+        softmax_backward<false>(block, lse, delta, scores, dscores);
+      } else if (mask_only) {
+        x.hook.apply(piece);
+        softmax_backward<true>(block, lse, delta, scores, dscores);
+      } else {
+        x.hook.apply(piece, [&](const TileMachine& m, int64_t r, int64_t first, const Span& span) {
+          const ModdedRow row = {task, h, r0 + r, x.hook.exponent_scale(), lse[r], delta[r]};
+          modded_row(row, m, piece, dscores, first, span, r, x);
+        });
+      }
       multiply_weights(block, block.part, Chunk::added, dscores, keys.k_slabs, keys.n, d, nullptr, dq);
       add_to_keys(block, query, scores, dscores, keys);
     }
@@ -252,8 +280,9 @@ void backward_rows(const KeyTask& task, int64_t h, int64_t r0, int64_t rows, Key
   const QueryRows query = {rows_of<T>(q, b, r0, rows, h, d, x.q), rows_of<T>(dout, b, r0, rows, h, d, x.d_o),
                            q_slabs, do_slabs};
   const int64_t row = (b * sizes.n_head + h) * plan.shape().q_len + r0;
-  const float scale = plan.programmable() ? 1.0f : sizes.scale;  // the plain path scales as it goes
-  float delta[kBackwardRows];
+  const float scale =
+      is_mask_only(plan) ? sizes.scale : 1.0f;  // which softmax_backward() has not to do again
+  float delta[kMostRows];
   for (int64_t r = 0; r < rows; ++r) {
     const float dlse = grads.dlse ? grads.dlse->as<float>()[row + r] : 0.0f;
     delta[r] = scale * (dot(query.d_o.data + r * query.d_o.stride, head<T>(out, b, r0 + r, h, d), d) - dlse);
@@ -307,12 +336,15 @@ void backward_key_head(const KeyTask& task, Scratch& x) {
   }
   for (int64_t h = g * group; h < (g + 1) * group; ++h) {
     if (plan.programmable()) x.hook.start(plan, plan.backward(), b, h);
-    for (int64_t r0 = 0; r0 < q_len; r0 += kBackwardRows)
-      backward_rows<T>(task, h, r0, std::min(kBackwardRows, q_len - r0), keys, x);
+    const int64_t step = plan.programmable() ? kBackwardRows : kPlainRows;
+    for (int64_t r0 = 0; r0 < q_len; r0 += step)
+      backward_rows<T>(task, h, r0, std::min(step, q_len - r0), keys, x);
   }
   put_rows<T>(keys.dk, grads.dk, b, 0, n, g, d);
   put_rows<T>(keys.dv, grads.dv, b, 0, n, g, d);
 }
+
+}  // namespace
 
 void AttentionBackward(const CpuAttentionPlan& plan, const AttentionTensors& x,
                        const AttentionGradients& grads, std::vector<CaptureSum>& captures) {

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -121,7 +122,7 @@ struct Block {
 
 // Dot products of a block's rows with the keys they see, which are packed as panels. Sums over D are cut into
 // pieces of kSummed terms: their rounding is what decides the precision of attention.
-constexpr int64_t kSummed = 64;
+constexpr int64_t kSummed = 32;
 inline void multiply_scores(const Block& block, const Rows& rows, const float* panels, int64_t d,
                             float* scores) {
   const int64_t width = panel_width(), lanes = vector_lanes(), stride = block.stride();
@@ -172,21 +173,29 @@ inline void multiply_weights(const Block& block, const Range& chunk, Chunk place
   });
 }
 
-// out (n, D) at key j = or += weights^T (n, rows) x (rows, D), where x is the block's rows packed as slabs.
-inline void multiply_transposed(const Block& block, int64_t j, const Range& rows, const float* weights,
-                                const float* slabs, int64_t d, int64_t n, bool accumulate,
-                                const Target& out) {
+// Up to kTileRows keys from key j on, and the block's rows that see them. accumulate: their sums have a part.
+struct KeyTile {
+  int64_t j, n;
+  Range rows;
+  bool accumulate;
+};
+// out (n, D) at key j = or += weights^T (n, rows) x (rows, D) for each tile, where x is the block's rows
+// packed as slabs.
+inline void multiply_transposed(const Block& block, std::span<const KeyTile> tiles, const float* weights,
+                                const float* slabs, int64_t d, const Target& out) {
   const int64_t lanes = vector_lanes(), stride = block.stride();
   for_each_group(d, [&](int64_t first, int64_t count) HWY_ATTR {
-    multiply<true>(count, {.a = weights + rows.begin * stride + j - block.part.begin,
-                           .a_stride = stride,
-                           .b = slabs + (first * block.rows + rows.begin * count) * lanes,
-                           .b_stride = count * lanes,
-                           .c = out.data + j * out.stride + first * lanes,
-                           .c_stride = out.stride,
-                           .rows = n,
-                           .k = rows.end - rows.begin,
-                           .accumulate = accumulate});
+    for (const KeyTile& tile : tiles) {
+      multiply<true>(count, {.a = weights + tile.rows.begin * stride + tile.j - block.part.begin,
+                             .a_stride = stride,
+                             .b = slabs + (first * block.rows + tile.rows.begin * count) * lanes,
+                             .b_stride = count * lanes,
+                             .c = out.data + tile.j * out.stride + first * lanes,
+                             .c_stride = out.stride,
+                             .rows = tile.n,
+                             .k = tile.rows.end - tile.rows.begin,
+                             .accumulate = tile.accumulate});
+    }
   });
 }
 
@@ -231,29 +240,83 @@ HWY_INLINE void for_each_score(const Span& span, const Fn& fn) {
   for (; i < span.read.end; i += lanes) edge(i);
 }
 
-// p = 2^(scale * p - shift) at visible keys, 0 at others; returns the sum.
-HWY_INLINE float exp_row(float* p, const Span& span, float scale, float shift) {
-  const VF a = set(scale), m = set(shift);
-  VF sum = set(0);
-  for_each_score(span, [&](int64_t i, auto keep) HWY_ATTR {
-    const VF e = keep(exp2(hn::MulSub(a, hn::LoadU(F32(), p + i), m)), set(0));
-    hn::StoreU(e, F32(), p + i);
-    sum = hn::Add(sum, e);
-  });
-  return sum_lanes(sum);
+HWY_INLINE VF minus_infinity() { return set(-std::numeric_limits<float>::infinity()); }
+
+// Rows of scores that one loop walks together, so that the latencies of one hide behind the others.
+constexpr int kJointRows = 4;
+static_assert(kTileRows % kJointRows == 0);  // they read the same keys
+template <int kRows>
+struct JointRows {
+  float* p[kRows];
+  Range keys[kRows];  // what each sees
+  Range read, full;   // what is read of them; what all see
+
+  JointRows(const Block& block, float* scores, int64_t r) : read(span_of(block, r).read), full(read) {
+    for (int i = 0; i < kRows; ++i) {
+      p[i] = scores + (r + i) * block.stride();
+      keys[i] = span_of(block, r + i).keys;
+      full = {std::max(full.begin, keys[i].begin), std::min(full.end, keys[i].end)};
+    }
+  }
+};
+
+// fn(index, keep) over the vectors of rows.read, where keep(row, v, other) is v at keys that the row sees.
+template <int kRows, class Fn>
+HWY_INLINE void for_each_score(const JointRows<kRows>& rows, const Fn& fn) {
+  const int64_t lanes = vector_lanes();
+  const auto edge = [&](int64_t i) HWY_ATTR {
+    fn(i, [&](int r, VF v, VF other) HWY_ATTR { return visible_lanes(rows.keys[r], i, v, other); });
+  };
+  int64_t i = rows.read.begin;
+  for (; i < std::min(rows.full.begin, rows.read.end); i += lanes) edge(i);
+  for (; i + lanes <= rows.full.end; i += lanes) fn(i, [](int, VF v, VF) HWY_ATTR { return v; });
+  for (; i < rows.read.end; i += lanes) edge(i);
 }
 
-HWY_INLINE float max_row(const float* p, const Span& span) {
+// largest[r] = max(largest[r], visible scores of row r)
+template <int kRows>
+HWY_INLINE void max_rows(const JointRows<kRows>& rows, float* largest) {
   const VF low = set(-std::numeric_limits<float>::infinity());
-  VF m0 = low, m1 = low, m2 = low, m3 = low;  // taking turns hides the latency of the maximum
-  for_each_score(span, [&](int64_t i, auto keep) HWY_ATTR {
-    const VF m = hn::Max(m0, keep(hn::LoadU(F32(), p + i), low));
-    m0 = m1;
-    m1 = m2;
-    m2 = m3;
-    m3 = m;
+  VF m[kRows];
+  for (VF& x : m) x = low;
+  for_each_score(rows, [&](int64_t i, auto keep) HWY_ATTR {
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) m[r] = hn::Max(m[r], keep(r, hn::LoadU(F32(), rows.p[r] + i), low));
   });
-  return max_lanes(hn::Max(hn::Max(m0, m1), hn::Max(m2, m3)));
+  for (int r = 0; r < kRows; ++r) largest[r] = std::max(largest[r], max_lanes(m[r]));
+}
+
+// p = 2^(scale * p - shift[r]) at visible keys (kHoles: and not where p is -inf), 0 at others; adds to
+// sum[r].
+template <bool kHoles, int kRows>
+HWY_INLINE void exp_rows(const JointRows<kRows>& rows, float scale, const float* shift, float* sum) {
+  const VF a = set(scale), zero = set(0);
+  VF m[kRows], total[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    m[r] = set(shift[r]);
+    total[r] = zero;
+  }
+  for_each_score(rows, [&](int64_t i, auto keep) HWY_ATTR {
+    HWY_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      float* p = rows.p[r] + i;
+      const VF s = hn::LoadU(F32(), p);
+      VF e = exp2(hn::MulSub(a, s, m[r]));
+      if constexpr (kHoles) e = hn::IfThenZeroElse(hn::Eq(s, minus_infinity()), e);
+      e = keep(r, e, zero);
+      hn::StoreU(e, F32(), p);
+      total[r] = hn::Add(total[r], e);
+    }
+  });
+  for (int r = 0; r < kRows; ++r) sum[r] += sum_lanes(total[r]);
+}
+
+// fn(r, number of rows as a type) over rows [0, rows), kJointRows or one at a time.
+template <class Fn>
+HWY_INLINE void for_joint_rows(int64_t rows, const Fn& fn) {
+  int64_t r = 0;
+  for (; r + kJointRows <= rows; r += kJointRows) fn(r, std::integral_constant<int, kJointRows>());
+  for (; r < rows; ++r) fn(r, std::integral_constant<int, 1>());
 }
 
 // The same rows of scores as multiply_scores() makes, from keys that are not packed: each is read once for
@@ -306,22 +369,6 @@ struct Piece {
   float* scores;
   bool masked;
 };
-
-HWY_INLINE VF minus_infinity() { return set(-std::numeric_limits<float>::infinity()); }
-
-// p = 2^(scale * p - shift) at visible keys whose score is not -inf, 0 at others; returns the sum.
-HWY_INLINE float exp_modded_row(float* p, const Span& span, float scale, float shift) {
-  const VF a = set(scale), m = set(shift), zero = set(0);
-  VF sum = zero;
-  for_each_score(span, [&](int64_t i, auto keep) HWY_ATTR {
-    const VF s = hn::LoadU(F32(), p + i);
-    const VF weight = exp2(hn::MulSub(a, s, m));
-    const VF e = keep(hn::IfThenZeroElse(hn::Eq(s, minus_infinity()), weight), zero);
-    hn::StoreU(e, F32(), p + i);
-    sum = hn::Add(sum, e);
-  });
-  return sum_lanes(sum);
-}
 
 // Dropout of one query row (Philox4x32-10, as attention_dropout_bits).
 class DropoutRow {
@@ -448,7 +495,8 @@ class TileHook {
     }
   }
   void apply(const Piece& piece) {
-    apply(piece, [](const TileMachine&, int64_t, int64_t, const Span&) {});
+    if (machine(piece.masked).has_program())
+      apply(piece, [](const TileMachine&, int64_t, int64_t, const Span&) {});
   }
 
  private:

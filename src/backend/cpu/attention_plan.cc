@@ -2,6 +2,7 @@
 
 #include <set>
 
+#include "backend/attention_support.h"
 #include "backend/cpu/cpu_backend.h"
 #include "base/error.h"
 #include "base/strings.h"
@@ -232,6 +233,7 @@ std::shared_ptr<const AttentionPlan> CpuBackend::plan_attention(const AttentionS
          did_you_mean(kernel, attention_kernels()), join(attention_kernels()));
   }
   spec.check(shape);
+  check_attention_support("cpu", shape, spec);
   return std::make_shared<cpu::CpuAttentionPlan>(shape, spec);
 }
 

@@ -2,6 +2,13 @@
 
 #include <dnnl.hpp>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -18,7 +25,44 @@ struct Primitive {
   dnnl::memory::desc a, b, c;
 };
 
+#if defined(__linux__) && defined(__x86_64__)
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  Cpuid(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+
+bool processor_names_amx() { return (Cpuid(7, 0).edx >> 24 & 1) != 0; }
+
+// Can this process use AMX tiles? The processor must have a palette of them (CPUID 1DH), which some
+// hypervisors take away while they leave the feature bits, and Linux wants to be asked before it makes room
+// for the state (arch_prctl ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA).
+bool amx_usable() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return Cpuid(0x1D, 0).eax > 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// Keeps oneDNN from AMX where its bf16 products die of an illegal instruction: where tiles are named but
+// cannot be used, which oneDNN may not find out (its issue 5689), and in oneDNN 2, where that was seen on
+// machines whose tiles work (issue 1661). A limit that the user set stands. Must come before oneDNN makes its
+// first kernel.
+void limit_instructions() {
+  if (std::getenv("ONEDNN_MAX_CPU_ISA") || std::getenv("DNNL_MAX_CPU_ISA")) return;
+  if (!processor_names_amx()) return;
+  if (dnnl_version()->major >= 3 && amx_usable()) return;
+  dnnl_set_max_cpu_isa(dnnl_cpu_isa_avx512_core_bf16);
+}
+#else
+void limit_instructions() {}
+#endif
+
+// Comes before any use of oneDNN.
+void prepare_library() {
+  static const bool done = (limit_instructions(), true);
+  static_cast<void>(done);
+}
+
 dnnl::engine& engine() {
+  prepare_library();
   static dnnl::engine e(dnnl::engine::kind::cpu, 0);
   return e;
 }
@@ -71,6 +115,7 @@ void sgemm(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, float 
     }
     return;
   }
+  prepare_library();
   const auto status = dnnl_sgemm(trans_a == Trans::yes ? 'T' : 'N', trans_b == Trans::yes ? 'T' : 'N', m, n,
                                  k, alpha, a, stride_a, b, stride_b, beta, out, stride_out);
   if (status != dnnl_success) fail_run("oneDNN refused an f32 product of ({} x {}) by ({} x {})", m, k, k, n);

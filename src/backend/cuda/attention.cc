@@ -217,7 +217,7 @@ void run_backward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dty
          dim3(std::max(blocks(bh * q_tiles * tile.block_q, 8), 1u)), dim3(256), 0, p);
   launch(context, kernel("attention_backward"), work(plan, dtype, 5, 4),
          dim3(blocks(kv_tiles * s.batch * s.n_kv_head)), threads,
-         static_cast<size_t>(backward_shared_bytes(type, d, n_grads)), p);
+         static_cast<size_t>(backward_shared_bytes(type, d, n_grads, context.device().major >= 9)), p);
   launch(context, kernel("attention_backward_finish"), {static_cast<double>(dq_sum.bytes()), 0},
          dim3(blocks(bh * q_tiles)), threads, static_cast<size_t>(tile.block_q * tile_row_bytes(d, element)),
          p);

@@ -1,6 +1,7 @@
 // Plans: which tiles the mask visits, lengths and captured tensors on the device, kernels by name.
 #include <algorithm>
 
+#include "backend/attention_support.h"
 #include "backend/cuda/attention.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/kernels/tiles.cuh"
@@ -11,7 +12,6 @@
 namespace flexchat::cuda {
 namespace {
 
-constexpr std::array<int64_t, 7> kHeadDims = {32, 64, 80, 96, 128, 192, 256};
 constexpr int64_t kDecodeQueries = 16;  // the split-key pass reads the keys once for every 16 rows of a group
 
 Tensor upload_i32(Backend& backend, const std::vector<int64_t>& values) {
@@ -98,9 +98,7 @@ TileLists key_tile_lists(const flex::BlockMask& mask) {
 CudaAttentionPlan::CudaAttentionPlan(CudaBackend& backend, const AttentionShape& shape,
                                      const AttentionSpec& spec)
     : AttentionPlan(shape, spec), backend_(backend) {
-  check(std::find(kHeadDims.begin(), kHeadDims.end(), shape.head_dim) != kHeadDims.end(),
-        "attention kernel cuda_mma: head dim {}; allowed are {}", shape.head_dim,
-        "32, 64, 80, 96, 128, 192, 256");
+  check_attention_support("cuda_mma", shape, spec);
   if (spec.plain()) {
     static const auto plain = std::make_shared<const flex::EmittedMod>(flex::emit_mod({}, {}));
     mod_ = plain;
@@ -157,13 +155,25 @@ const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* p
   const std::lock_guard lock(mutex_);
   const JitKernel*& kernel = kernels_[{entry, dtype, paged}];
   if (kernel == nullptr) {
-    AttentionKernel wanted;
-    wanted.pass = pass;
-    wanted.dtype = dtype;
-    wanted.head_dim = shape().head_dim;
-    wanted.paged = paged;
-    wanted.dropout = spec().dropout > 0;
-    kernel = &Jit::of(context).get(context, attention_source(wanted, *mod_), entry);
+    const auto source = [&](const char* of_pass) {
+      AttentionKernel wanted;
+      wanted.pass = of_pass;
+      wanted.dtype = dtype;
+      wanted.head_dim = shape().head_dim;
+      wanted.paged = paged;
+      wanted.dropout = spec().dropout > 0;
+      return attention_source(wanted, *mod_);
+    };
+    // Which of the two forward kernels runs is a matter of lengths, which change from call to call.
+    std::vector<JitEntry> others;
+    if (std::string_view(pass) == "forward") {
+      others = {{source("decode"), "attention_decode"}, {source("decode"), "attention_decode_combine"}};
+    } else if (std::string_view(pass) == "decode") {
+      others = {{source("forward"), "attention_forward"},
+                {source("decode"), "attention_decode"},
+                {source("decode"), "attention_decode_combine"}};
+    }
+    kernel = &Jit::of(context).get(context, source(pass), entry, others);
   }
   return *kernel;
 }

@@ -1,10 +1,12 @@
 // The backend object and CUDA graphs of whole steps.
+#include <exception>
 #include <utility>
 
 #include "backend/cuda/arena.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/products.h"
 #include "backend/cuda/staging.h"
+#include "backend/profile.h"
 
 namespace flexchat::cuda {
 namespace {
@@ -37,9 +39,17 @@ class Graph final : public StepGraph {
 
 }  // namespace
 
-CudaBackend::CudaBackend(int ordinal) : context_(ordinal), products_(std::make_unique<Products>(context_)) {}
+CudaBackend::CudaBackend(int ordinal) : context_(ordinal), products_(std::make_unique<Products>(context_)) {
+  if (profiling()) start_profile();
+}
 
-CudaBackend::~CudaBackend() = default;
+CudaBackend::~CudaBackend() {
+  try {
+    stop_profile();
+  } catch (const std::exception&) {
+    // What broke on the device was reported to who asked for it; there is no profile of it then.
+  }
+}
 
 Staging& CudaBackend::staging() {
   if (!staging_) staging_ = std::make_unique<Staging>(context_);
@@ -48,6 +58,7 @@ Staging& CudaBackend::staging() {
 
 std::unique_ptr<StepGraph> CudaBackend::capture(std::function<void()> step) {
   products_->prepare();
+  if (context_.logging()) return Backend::capture(std::move(step));  // a profile wants every launch by itself
   context_.begin_capture();
   DeviceArena& arena = context_.device_arena();
   bool recording = false;

@@ -2,8 +2,11 @@
 // library of its own, which the program loads when it is there (backend/cuda_loader.h).
 #pragma once
 
+#include <chrono>
+
 #include "backend/backend.h"
 #include "backend/cuda/runtime.h"
+#include "backend/profile.h"
 
 namespace flexchat::cuda {
 
@@ -18,7 +21,9 @@ class CudaBackend final : public Backend {
   std::string_view name() const override { return "cuda"; }
   Arena& arena() override { return context_.arena(); }
   DType master_dtype() const override { return DType::f32; }
-  int64_t chunk_rows() const override { return 16384; }  // bounds temporaries; products are full long before
+  // Bounds temporaries. Fewer would do for full products, but each chunk reads and writes the gradients of
+  // weights once more.
+  int64_t chunk_rows() const override { return 65536; }
   void copy(const Tensor& source, const Tensor& out) override;
   void add_sum(const Tensor& x, const Tensor& out) override;
   void copy_rows(int64_t batch, int64_t tokens, int64_t width, const HeadsView& from,
@@ -86,6 +91,8 @@ class CudaBackend final : public Backend {
   void muon_equalize(const Tensor& x, const Tensor& squares, const Tensor& squares_out) override;
   void muon_normalize(const Tensor& x, const Tensor& squares, double factor, double eps) override;
   void add_product(double factor, const Tensor& x, const Tensor& out) override;
+  void muon_step(const Quintic& q, const Tensor& x, const Tensor& gram, const Tensor& polynomial,
+                 const Tensor& out) override;
   void muon_variance(const UpdatePlan& plan, const Tensor& rates, const Tensor& x,
                      const Tensor& factors) override;
   void muon_update(const UpdatePlan& plan, const Tensor& rates, const Tensor& x,
@@ -95,10 +102,15 @@ class CudaBackend final : public Backend {
 
  private:
   Staging& staging();  // made at the first use
+  // Around everything a profiled backend does (backend/profile.h). Measures the device's peaks first.
+  void start_profile();
+  void stop_profile();  // leaves what was found in add_profile()
 
   Context context_;
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<Products> products_;
+  std::unique_ptr<DeviceProfile> profile_;  // of what runs now; null: none
+  std::chrono::steady_clock::time_point profile_start_;
 };
 
 }  // namespace flexchat::cuda

@@ -1,7 +1,10 @@
 #include "backend/cuda/jit.h"
 
+#include <exception>
+
 #include "backend/cuda/aot.h"
 #include "base/error.h"
+#include "base/parallel.h"
 #include "base/strings.h"
 
 namespace flexchat::cuda {
@@ -18,16 +21,37 @@ Jit& Jit::of(const Context& context) {
 Jit::Jit(const DeviceInfo& device)
     : device_(device), compiler_(device.major, device.minor, embedded_cubins()) {}
 
-const JitKernel& Jit::get(const Context& context, const JitSource& source, const std::string& entry) {
-  const std::pair<std::string, std::string> key = {jit_key(source, compiler_.arch()), entry};
-  {
-    const std::lock_guard lock(mutex_);
-    if (const auto found = kernels_.find(key); found != kernels_.end()) {
-      JitCompiler::count_memory_hit();
-      return *found->second;
-    }
+const JitKernel* Jit::find(const std::pair<std::string, std::string>& key) {
+  const std::lock_guard lock(mutex_);
+  const auto found = kernels_.find(key);
+  return found == kernels_.end() ? nullptr : found->second.get();
+}
+
+const JitKernel& Jit::get(const Context& context, const JitSource& source, const std::string& entry,
+                          std::span<const JitEntry> companions) {
+  if (const JitKernel* kernel = find({jit_key(source, compiler_.arch()), entry})) {
+    JitCompiler::count_memory_hit();
+    return *kernel;
   }
   context.forbid_in_capture("loading a kernel");
+  const auto n = static_cast<int64_t>(companions.size());
+  if (n > 0) {
+    parallel_for(n + 1, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        try {
+          compiler_.cubin(i == 0 ? source : companions[static_cast<size_t>(i - 1)].source);
+        } catch (const std::exception&) {  // asked again below, where errors may be thrown
+        }
+      }
+    });
+  }
+  const JitKernel& kernel = get_loaded(source, entry);
+  for (const JitEntry& companion : companions) get_loaded(companion.source, companion.entry);
+  return kernel;
+}
+
+const JitKernel& Jit::get_loaded(const JitSource& source, const std::string& entry) {
+  const std::pair<std::string, std::string> key = {jit_key(source, compiler_.arch()), entry};
   const std::string& cubin = compiler_.cubin(source);  // outside the lock: other kernels need not wait
   const std::lock_guard lock(mutex_);
   std::unique_ptr<JitKernel>& place = kernels_[key];

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -26,6 +27,12 @@ struct JitKernel {
   size_t local = 0;          // bytes of spilled memory a thread
 };
 
+// A kernel to be had.
+struct JitEntry {
+  JitSource source;
+  std::string entry;  // extern "C"
+};
+
 class Jit {
  public:
   // The one of a device. Never destroyed: the driver may be gone before static objects are.
@@ -34,10 +41,15 @@ class Jit {
   // The kernel `entry` (extern "C") of a source: compiled and loaded on first use, looked up by the hash of
   // the source afterwards. Loading waits for the device, so that new kernels are an error while a graph is
   // captured. Thread-safe. Errors: as JitCompiler::cubin, no such entry, the driver's.
-  const JitKernel& get(const Context& context, const JitSource& source, const std::string& entry);
+  // `companions` are kernels that calls to come may ask for: they are compiled side by side with the first,
+  // and loaded, so that those calls wait for nothing.
+  const JitKernel& get(const Context& context, const JitSource& source, const std::string& entry,
+                       std::span<const JitEntry> companions = {});
 
  private:
   explicit Jit(const DeviceInfo& device);
+  const JitKernel* find(const std::pair<std::string, std::string>& key);
+  const JitKernel& get_loaded(const JitSource& source, const std::string& entry);
   JitKernel load(const std::string& key, const std::string& cubin, const std::string& entry);
 
   const DeviceInfo device_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <string_view>
 #include <utility>
 
 namespace flexchat::cuda {
@@ -17,12 +18,12 @@ class EventTimer final : public LaunchTimer {
   }
   void begin(cudaStream_t stream) override { record(stream); }
   void end(cudaStream_t stream) override { record(stream); }
-  std::vector<double> seconds() override {
-    std::vector<double> all;
+  std::vector<LaunchTime> times() override {
+    std::vector<LaunchTime> all;
     for (size_t i = 0; i + 1 < events_.size(); i += 2) {
       float ms = 0;
       check_cuda(cudaEventElapsedTime(&ms, events_[i], events_[i + 1]), "reading the time of a launch");
-      all.push_back(static_cast<double>(ms) * 1e-3);
+      all.push_back({static_cast<double>(ms) * 1e-3, ""});
     }
     return all;
   }
@@ -41,8 +42,8 @@ class EventTimer final : public LaunchTimer {
 
 std::unique_ptr<LaunchTimer> make_event_timer() { return std::make_unique<EventTimer>(); }
 
-void LaunchLog::begin(const char* kernel, const Work& work, cudaStream_t stream) {
-  records_.push_back({kernel, work, 0});
+void LaunchLog::begin(const char* name, const Work& work, cudaStream_t stream) {
+  records_.push_back({name, work, {}});
   if (timer_) timer_->begin(stream);
 }
 
@@ -52,26 +53,28 @@ void LaunchLog::end(cudaStream_t stream) {
 
 std::vector<LaunchRecord> LaunchLog::finish() {
   if (timer_) {
-    const std::vector<double> seconds = timer_->seconds();
-    for (size_t i = 0; i < std::min(seconds.size(), records_.size()); ++i) records_[i].seconds = seconds[i];
+    std::vector<LaunchTime> times = timer_->times();
+    for (size_t i = 0; i < std::min(times.size(), records_.size()); ++i)
+      records_[i].time = std::move(times[i]);
   }
   return std::exchange(records_, {});
 }
 
-std::vector<LaunchTotal> totals(const std::vector<LaunchRecord>& records) {
-  std::map<std::string, LaunchTotal> by_name;
+std::vector<KernelTotal> totals(const std::vector<LaunchRecord>& records) {
+  std::map<std::pair<std::string_view, std::string_view>, KernelTotal> alike;
   for (const LaunchRecord& r : records) {
-    LaunchTotal& total = by_name[r.kernel];
-    total.kernel = r.kernel;
+    KernelTotal& total = alike[{r.name, r.time.kernels}];
+    total.name = r.name;
+    total.kernels = r.time.kernels;
     ++total.launches;
-    total.work.bytes += r.work.bytes;
-    total.work.flops += r.work.flops;
-    total.seconds += r.seconds;
+    total.bytes += r.work.bytes;
+    total.flops += r.work.flops;
+    total.seconds += r.time.seconds;
   }
-  std::vector<LaunchTotal> all;
-  for (auto& [name, total] : by_name) all.push_back(std::move(total));
+  std::vector<KernelTotal> all;
+  for (auto& [key, total] : alike) all.push_back(std::move(total));
   std::stable_sort(all.begin(), all.end(),
-                   [](const LaunchTotal& a, const LaunchTotal& b) { return a.seconds > b.seconds; });
+                   [](const KernelTotal& a, const KernelTotal& b) { return a.seconds > b.seconds; });
   return all;
 }
 

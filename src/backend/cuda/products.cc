@@ -20,8 +20,9 @@ constexpr size_t kWorkspaceBytes = size_t{64} << 20;
 constexpr int kCandidates = 8;
 // A product below both takes a few microseconds whatever the algorithm.
 constexpr double kTuneFlops = 1e9, kTuneBytes = 8e6;
-constexpr int kTuneAtUse = 2;      // what comes only once is not worth tuning
-constexpr double kWorthIt = 0.98;  // of the first choice's time: less is noise
+constexpr const char* kTuning = "matmul_tuning";  // in profiles
+constexpr int kTuneAtUse = 2;                     // what comes only once is not worth tuning
+constexpr double kWorthIt = 0.98;                 // of the first choice's time: less is noise
 
 void check_blas(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
@@ -63,6 +64,21 @@ double bytes_of(const Product& p) {
          out_bytes(p) * (p.beta == 0 ? 1 : 2);
 }
 
+// Elements from the first of a batch of (rows, columns) matrices to its last: what lies between the rows
+// counts.
+int64_t span_of(const Spacing& space, int64_t batch, int64_t rows, int64_t columns) {
+  const int64_t row = space.row > 0 ? space.row : columns;
+  const int64_t matrix = space.matrix > 0 ? space.matrix : rows * columns;
+  return (batch - 1) * matrix + (rows - 1) * row + columns;
+}
+int64_t span_of(const Product& p) { return span_of(p.space_out, p.batch, p.m, p.n); }
+
+// "matmul tn 20 x 1280x1280x8192": are a and b transposed, how many, M x N x K.
+std::string name_of(const Product& p) {
+  return fmt::format("matmul {}{} {}{}x{}x{}", p.trans_a ? 't' : 'n', p.trans_b ? 't' : 'n',
+                     p.batch > 1 ? fmt::format("{} x ", p.batch) : "", p.m, p.n, p.k);
+}
+
 template <class T, cublasStatus_t (*destroy)(T)>
 struct Handle {
   T value = nullptr;
@@ -79,14 +95,15 @@ using Preference = Handle<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDe
 
 // cuBLASLt is column-major: a row-major (rows, columns) is its (columns, rows) with a leading dimension of
 // `columns`, and the row-major out = op(a) op(b) is its out^T = op(b)^T op(a)^T.
-void make_layout(Layout& layout, DType dtype, int64_t batch, int64_t rows, int64_t columns) {
+void make_layout(Layout& layout, DType dtype, int64_t batch, int64_t rows, int64_t columns,
+                 const Spacing& space) {
   const char* what = "describing a matrix";
   check_blas(cublasLtMatrixLayoutCreate(&layout.value, cuda_type(dtype), static_cast<uint64_t>(columns),
-                                        static_cast<uint64_t>(rows), columns),
+                                        static_cast<uint64_t>(rows), space.row > 0 ? space.row : columns),
              what);
   if (batch == 1) return;
   const auto count = static_cast<int32_t>(batch);
-  const int64_t stride = rows * columns;
+  const int64_t stride = space.matrix > 0 ? space.matrix : rows * columns;
   check_blas(cublasLtMatrixLayoutSetAttribute(layout.value, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
                                               sizeof count),
              what);
@@ -114,7 +131,7 @@ struct Products::Plan {
   int chosen = 0;
   int uses = 0;  // counted up to kTuneAtUse
   Work work;
-  LaunchShape shape;
+  std::string name;  // "matmul nt 8192x5120x1280", for profiles and messages
 };
 
 Products::Products(Context& context) : context_(context) {
@@ -144,7 +161,7 @@ std::unique_ptr<Products::Plan> Products::make_plan(const Product& p, const Key&
   auto plan = std::make_unique<Plan>();
   plan->f64 = p.in == DType::f64;
   plan->work = {bytes_of(p), flops_of(p)};
-  plan->shape = {p.m, p.n, p.k};
+  plan->name = name_of(p);
   const char* what = "describing a product";
   // f32 in full: the compute type that may use TF32 is another one.
   check_blas(
@@ -160,9 +177,9 @@ std::unique_ptr<Products::Plan> Products::make_plan(const Product& p, const Key&
   check_blas(cublasLtMatmulDescSetAttribute(plan->operation.value, CUBLASLT_MATMUL_DESC_TRANSB, &second,
                                             sizeof second),
              what);
-  make_layout(plan->a, p.in, p.batch, p.trans_a ? p.k : p.m, p.trans_a ? p.m : p.k);
-  make_layout(plan->b, p.in, p.batch, p.trans_b ? p.n : p.k, p.trans_b ? p.k : p.n);
-  make_layout(plan->out, p.out, p.batch, p.m, p.n);
+  make_layout(plan->a, p.in, p.batch, p.trans_a ? p.k : p.m, p.trans_a ? p.m : p.k, p.space_a);
+  make_layout(plan->b, p.in, p.batch, p.trans_b ? p.n : p.k, p.trans_b ? p.k : p.n, p.space_b);
+  make_layout(plan->out, p.out, p.batch, p.m, p.n, p.space_out);
 
   Preference preference;
   check_blas(cublasLtMatmulPreferenceCreate(&preference.value), what);
@@ -192,7 +209,7 @@ std::unique_ptr<Products::Plan> Products::make_plan(const Product& p, const Key&
   return plan;
 }
 
-Products::Plan& Products::plan(const Product& p, const void* a, const void* b, const void* out) {
+Products::Plan& Products::plan(const Product& p, const Operands& x) {
   const Key key = {p.batch,
                    p.m,
                    p.n,
@@ -201,57 +218,61 @@ Products::Plan& Products::plan(const Product& p, const void* a, const void* b, c
                    static_cast<int64_t>(p.in),
                    static_cast<int64_t>(p.out),
                    p.beta != 0,
-                   alignment(a),
-                   alignment(b),
-                   alignment(out)};
+                   alignment(x.a),
+                   alignment(x.b),
+                   std::min(alignment(x.out), alignment(x.c)),
+                   x.c == x.out,
+                   p.space_a.row,
+                   p.space_a.matrix,
+                   p.space_b.row,
+                   p.space_b.matrix,
+                   p.space_out.row,
+                   p.space_out.matrix};
   std::unique_ptr<Plan>& plan = plans_[key];
   if (!plan) plan = make_plan(p, key);
   return *plan;
 }
 
-void Products::run(const Plan& plan, int candidate, double beta, const void* a, const void* b, const void* c,
-                   void* out) {
-  const double alpha64 = 1, beta64 = beta;
-  const float alpha32 = 1, beta32 = static_cast<float>(beta);
-  const void* alpha = plan.f64 ? static_cast<const void*>(&alpha64) : &alpha32;
-  const void* scale = plan.f64 ? static_cast<const void*>(&beta64) : &beta32;
-  context_.begin_launch("matmul", plan.work, plan.shape);
-  const cublasStatus_t status = cublasLtMatmul(
-      static_cast<cublasLtHandle_t>(handle_), plan.operation.value, alpha, b, plan.b.value, a, plan.a.value,
-      scale, c, plan.out.value, out, plan.out.value, &plan.candidates[static_cast<size_t>(candidate)],
-      workspace_.data(), kWorkspaceBytes, context_.stream());
-  context_.end_launch("matmul");
-  if (status != CUBLAS_STATUS_SUCCESS) {
-    const auto [m, n, k, threads] = plan.shape;
-    check_blas(status, fmt::format("a product of ({} x {}) by ({} x {})", m, k, k, n).c_str());
-  }
+void Products::run(const char* name, const Plan& plan, int candidate, const Product& p, const Operands& x) {
+  const float alpha32 = static_cast<float>(p.alpha), beta32 = static_cast<float>(p.beta);
+  const void* alpha = plan.f64 ? static_cast<const void*>(&p.alpha) : &alpha32;
+  const void* beta = plan.f64 ? static_cast<const void*>(&p.beta) : &beta32;
+  context_.begin_launch(name, plan.work);
+  const cublasStatus_t status =
+      cublasLtMatmul(static_cast<cublasLtHandle_t>(handle_), plan.operation.value, alpha, x.b, plan.b.value,
+                     x.a, plan.a.value, beta, x.c, plan.out.value, x.out, plan.out.value,
+                     &plan.candidates[static_cast<size_t>(candidate)], workspace_.data(), kWorkspaceBytes,
+                     context_.stream());
+  context_.end_launch(name);
+  check_blas(status, plan.name.c_str());
 }
 
-void Products::multiply(const Product& p, const void* a, const void* b, void* out) {
+void Products::multiply(const Product& p, const void* a, const void* b, const void* c, void* out) {
   prepare();
-  Plan& chosen = plan(p, a, b, out);
+  const Operands x = {a, b, c, out};
+  Plan& chosen = plan(p, x);
   if (chosen.uses < kTuneAtUse && ++chosen.uses == kTuneAtUse && tune_ != Tune::never &&
       (flops_of(p) >= kTuneFlops || bytes_of(p) >= kTuneBytes) && chosen.candidates.size() > 1) {
     if (context_.capturing()) {
       --chosen.uses;  // later: nothing runs now
     } else {
-      tune(chosen, p, a, b, out);
+      tune(chosen, p, x);
     }
   }
-  run(chosen, chosen.chosen, p.beta, a, b, out, out);
+  run(chosen.name.c_str(), chosen, chosen.chosen, p, x);
 }
 
 // ---- tuning -----------------------------------------------------------------------------------------------
 
 // The median of three runs, or one run of what takes long; the first, with its start-up costs, does not
 // count. A candidate far behind `best` is not run again.
-double Products::seconds_of(const Plan& plan, int candidate, double beta, const void* a, const void* b,
-                            const void* c, void* out, double best) {
-  run(plan, candidate, beta, a, b, c, out);
+double Products::seconds_of(const Plan& plan, int candidate, const Product& p, const Operands& x,
+                            double best) {
+  run(kTuning, plan, candidate, p, x);
   std::vector<double> times;
   do {
     check_cuda(cudaEventRecord(events_[0], context_.stream()), "timing a product");
-    run(plan, candidate, beta, a, b, c, out);
+    run(kTuning, plan, candidate, p, x);
     check_cuda(cudaEventRecord(events_[1], context_.stream()), "timing a product");
     context_.check(cudaEventSynchronize(events_[1]), "timing a product");
     float ms = 0;
@@ -262,15 +283,25 @@ double Products::seconds_of(const Plan& plan, int candidate, double beta, const 
   return times[times.size() / 2];
 }
 
-void Products::tune(Plan& plan, const Product& p, const void* a, const void* b, void* out) {
-  // Without a sum to keep, the candidates may write to `out`, which is overwritten anyway.
-  Tensor scratch;
+void Products::tune(Plan& plan, const Product& p, const Operands& x) {
+  if (p.in == DType::f64) return;
+  // The candidates may write to `out`, which is overwritten anyway, unless its sum is to be kept. They
+  // multiply noise: of real operands many are zero at the start of a training run, which every algorithm gets
+  // right to the bit, and which run faster.
+  const bool keeps = p.beta != 0 && x.c == x.out;
+  Tensor a, b, scratch;
   try {
-    if (p.beta != 0) scratch = Tensor(context_.arena(), {p.batch * p.m * p.n}, p.out);
+    a = Tensor(context_.arena(), {span_of(p.space_a, p.batch, p.trans_a ? p.k : p.m, p.trans_a ? p.m : p.k)},
+               p.in);
+    b = Tensor(context_.arena(), {span_of(p.space_b, p.batch, p.trans_b ? p.n : p.k, p.trans_b ? p.k : p.n)},
+               p.in);
+    if (keeps) scratch = Tensor(context_.arena(), {span_of(p)}, p.out);
   } catch (const RunError&) {
     return;  // no room to try others: the first choice it is
   }
-  void* target = p.beta != 0 ? scratch.data() : out;
+  fill_noise(context_, a);
+  fill_noise(context_, b);
+  const Operands trial = {a.data(), b.data(), x.c, keeps ? scratch.data() : x.out};
   const auto n = static_cast<int>(plan.candidates.size());
   const Tensor sums(context_.arena(), {n}, DType::i64);
   check_cuda(cudaMemsetAsync(sums.data(), 0, static_cast<size_t>(sums.bytes()), context_.stream()),
@@ -278,9 +309,9 @@ void Products::tune(Plan& plan, const Product& p, const void* a, const void* b, 
   std::vector<double> seconds;
   double best = HUGE_VAL;
   for (int i = 0; i < n; ++i) {
-    seconds.push_back(seconds_of(plan, i, p.beta, a, b, out, target, best));
+    seconds.push_back(seconds_of(plan, i, p, trial, best));
     best = std::min(best, seconds.back());
-    hash_bits(context_, target, static_cast<int64_t>(out_bytes(p)), sums.as<uint64_t>() + i);
+    hash_bits(context_, trial.out, span_of(p) * dtype_size(p.out), sums.as<uint64_t>() + i);
   }
   std::vector<uint64_t> hashes(static_cast<size_t>(n));
   context_.arena().read(sums.data(), hashes.data(), static_cast<size_t>(sums.bytes()));
@@ -321,7 +352,7 @@ void multiply(CudaBackend& backend, Products& products, Product p, const Tensor&
     return other;
   };
   const Tensor x = as(a, p.in, true), y = as(b, p.in, true), z = as(out, p.out, p.beta != 0);
-  products.multiply(p, x.data(), y.data(), z.data());
+  products.multiply(p, x.data(), y.data(), z.data(), z.data());
   if (p.out != out.dtype()) backend.copy(z, out);
 }
 
@@ -341,6 +372,60 @@ void CudaBackend::matmul_batched(const Tensor& a, Trans trans_a, const Tensor& b
   p.batch = out.dim(0), p.m = out.dim(1), p.n = out.dim(2), p.k = a.dim(trans_a == Trans::no ? 2 : 1);
   p.trans_a = trans_a == Trans::yes, p.trans_b = trans_b == Trans::yes, p.beta = beta;
   multiply(*this, *products_, p, a, b, out);
+}
+
+namespace {
+
+// Rows of a block that a symmetric result of this side is computed in; side: whole, where the arithmetic
+// saved would not pay for the smaller products and for mirroring.
+int64_t symmetric_block(int64_t side) {
+  const int64_t block = side % 512 == 0 ? 512 : 256;
+  return side >= 1024 && side % block == 0 ? block : side;
+}
+
+// A symmetric result in rows of blocks, each from the left edge to the diagonal; what lies above is mirrored.
+// With b blocks that is (b + 1) / 2b of the arithmetic. Then adds `diagonal` times the unit matrix.
+void multiply_symmetric(Context& context, Products& products, Product p, const Tensor& a, const Tensor& b,
+                        const Tensor* c, double diagonal, const Tensor& out) {
+  const int64_t side = p.m, block = symmetric_block(side);
+  p.space_a.matrix = p.space_b.matrix = side * p.k;
+  p.space_a.row = p.trans_a ? side : p.k;
+  p.space_b.row = p.trans_b ? p.k : side;
+  p.space_out = {side, side * side};
+  p.m = block;
+  const auto at = [](const Tensor& t, int64_t elements) {
+    return static_cast<char*>(t.data()) + elements * dtype_size(t.dtype());
+  };
+  for (int64_t first = 0; first < side; first += block) {
+    p.n = first + block;
+    char* rows = at(out, first * side);
+    products.multiply(p, at(a, p.trans_a ? first : first * p.k), b.data(), c ? at(*c, first * side) : rows,
+                      rows);
+  }
+  finish_symmetric(context, out, block, diagonal);
+}
+
+}  // namespace
+
+// In 16 bits with a I + b A + c A A in one: its product with x needs no sum.
+void CudaBackend::muon_step(const Quintic& q, const Tensor& x, const Tensor& gram, const Tensor& polynomial,
+                            const Tensor& out) {
+  if (dtype_size(x.dtype()) != 2) return Backend::muon_step(q, x, gram, polynomial, out);
+  const bool tall = x.dim(1) > x.dim(2);
+  const int64_t side = gram.dim(1);
+  Product p;
+  p.batch = x.dim(0), p.m = p.n = side, p.k = std::max(x.dim(1), x.dim(2));
+  p.trans_a = tall, p.trans_b = !tall;
+  p.in = p.out = x.dtype();
+  multiply_symmetric(context_, *products_, p, x, x, nullptr, 0, gram);
+  p.k = side, p.trans_a = p.trans_b = false;
+  p.alpha = q.c, p.beta = q.b;
+  multiply_symmetric(context_, *products_, p, gram, gram, &gram, q.a, polynomial);
+  if (tall) {
+    matmul_batched(x, Trans::no, polynomial, Trans::no, 0, out);
+  } else {
+    matmul_batched(polynomial, Trans::no, x, Trans::no, 0, out);
+  }
 }
 
 }  // namespace flexchat::cuda

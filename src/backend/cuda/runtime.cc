@@ -84,7 +84,6 @@ std::string Context::last_launches() const {
     const auto& [kernel, s] = recent_[(launches_ - 1 - i) % recent_.size()];
     text += fmt::format("{}{}", i == 0 ? "; last launches, newest first: " : ", ", kernel);
     if (s.threads > 0) text += fmt::format(" ({}x{}x{} blocks of {})", s.x, s.y, s.z, s.threads);
-    if (s.threads == 0 && s.x > 0) text += fmt::format(" ({}x{}x{})", s.x, s.y, s.z);
   }
   return text;
 }

@@ -31,8 +31,7 @@ struct Work {
   double bytes = 0, flops = 0;
 };
 
-// The size of one launch, for error messages: a grid of blocks of `threads`, or with threads == 0 the M, N, K
-// of a product.
+// The grid of one launch, in blocks of `threads`, for error messages. Nothing where the name tells the size.
 struct LaunchShape {
   int64_t x = 0, y = 0, z = 0;
   int64_t threads = 0;
@@ -78,6 +77,7 @@ class Context {
   // Records every launch from here on; `timer` measures them, or null: they are only counted. (launch_log.h)
   void start_log(std::unique_ptr<LaunchTimer> timer);
   std::vector<LaunchRecord> stop_log();  // waits for the device; empty when no log was started
+  bool logging() const { return log_ != nullptr; }
 
   // Capture of the stream in a graph. While it lasts nothing runs, and what would wait for the device or read
   // host memory is an error.

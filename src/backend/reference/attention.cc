@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "backend/attention_support.h"
 #include "backend/reference/reference_backend.h"
 #include "base/error.h"
 #include "base/strings.h"
@@ -149,6 +150,7 @@ std::shared_ptr<const AttentionPlan> ReferenceBackend::plan_attention(const Atte
   }
   shape.check();
   spec.check(shape);
+  check_attention_support("reference", shape, spec);
   return std::make_shared<ReferencePlan>(shape, spec);
 }
 

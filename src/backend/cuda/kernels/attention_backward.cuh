@@ -3,9 +3,10 @@
 //   dV = P^T dO      dS = P o (dO V^T - D) o mod'(s)      dK = scale dS^T Q      dQ = scale dS K
 //
 // One block holds a tile of keys, for all query heads of its group, and walks over the tiles of queries that
-// see some of it, in ascending order: 10*D FLOPs an element (five products). Scores are kept transposed, so
-// that P and dS are already the left operands of dV and dK in registers; only dS goes through shared memory,
-// for dQ.
+// see some of it, last first: 10*D FLOPs an element (five products). Scores are kept transposed, so that P
+// and dS are already the left operands of dV and dK in registers; only dS goes through shared memory, for dQ.
+// What bounds the kernel is what warps read from shared memory; where it helps (kPaired), two of them share
+// keys and P goes through it, too.
 //
 // Deterministic: dK and dV are summed in one thread, query heads and tiles in ascending order. dQ of a query
 // tile is summed in memory by the blocks of its key tiles, which take turns in ascending order (dq_turn).
@@ -20,18 +21,30 @@ namespace backward {
 
 constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim);
 constexpr int kBlockQ = kTile.block_q, kBlockKv = kTile.block_kv(), kThreads = kTile.threads();
-constexpr int kM = kTile.m_tiles, kStep = kTile.q_step, kN = kStep / 8;
-constexpr int kColumns = kHeadDim / kTile.d_split, kD = kColumns / 8;
+// Two warps may share their keys: each takes half of the queries for the scores, and half of the columns of
+// dK and dV, and they exchange P and dS through shared memory, so that all in all less is read from there.
+// Not with score mods, whose gradients want registers, nor on GPUs without shared memory for P.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kPaired = !MOD_HAS_SCORE && paired_backward(kDType, kHeadDim);
+#else
+constexpr bool kPaired = false;
+#endif
+constexpr int kSplit = kPaired ? 2 : kTile.d_split;  // warps with the same keys
+constexpr int kM = kPaired ? 2 * kTile.m_tiles : kTile.m_tiles;
+constexpr int kSteps = kPaired ? 2 : 1, kStep = kTile.q_step / kSteps, kN = kStep / 8;
+constexpr int kColumns = kHeadDim / kSplit, kD = kColumns / 8;
 constexpr int kDqWarpsQ = kTile.dq_warps_q(), kDqM = kTile.dq_m(), kDqN = kTile.dq_n(kDType, kHeadDim),
               kDqFloats = kTile.dq_floats(kDType, kHeadDim);
 constexpr int kRowBytes = Tile<kHeadDim>::row_bytes, kQBytes = kBlockQ * kRowBytes,
               kDsBytes = kBlockKv * Tile<kBlockQ>::row_bytes;
 constexpr int kGrads = MOD_N_CAPTURE_GRADS, kSumBytes = kGrads * kTile.warps * kBlockQ * 4;
+constexpr bool kHasLists = MOD_HAS_MASK;
 ATTENTION_DEVICE constexpr char kind(int g) { return MOD_CAPTURE_GRAD_KINDS[g]; }
 
 // Where things lie in shared memory.
 struct Shared {
   unsigned k, v, q, dout, ds, stats, sums;  // all but k and v: two stages
+  unsigned p;                               // kPaired: the weights
 };
 ATTENTION_DEVICE Shared make_shared(const char* base) {
   Shared s;
@@ -42,6 +55,7 @@ ATTENTION_DEVICE Shared make_shared(const char* base) {
   s.ds = s.dout + 2 * kQBytes;
   s.stats = s.ds + 2 * kDsBytes;
   s.sums = s.stats + 4 * kBlockQ * 4;
+  s.p = s.sums + 2 * kSumBytes;
   return s;
 }
 
@@ -63,7 +77,7 @@ ATTENTION_DEVICE TileWalk walk(const AttentionParams& p, const Row& row, int j) 
 struct Step {
   int h_in_group, i;  // position in the walk of that head
   TileWalk walk;
-  int entry;
+  int entry, entry_next;  // the next one of the walk is asked for a step ahead
   ATTENTION_DEVICE int tile() const { return entry >> 1; }
 };
 ATTENTION_DEVICE Row head_row(const AttentionParams& p, int b, int kv_head, int h_in_group) {
@@ -76,8 +90,10 @@ ATTENTION_DEVICE bool advance(const AttentionParams& p, int b, int kv_head, int 
     if (++s.h_in_group >= p.n_head / p.n_kv_head) return false;
     s.walk = walk(p, head_row(p, b, kv_head, s.h_in_group), j);
     s.i = 0;
+    if (kHasLists && s.walk.count > 0) s.entry_next = s.walk.at(s.walk.count - 1);
   }
-  s.entry = s.walk.at(s.walk.count - 1 - s.i);
+  s.entry = kHasLists ? s.entry_next : s.walk.at(s.walk.count - 1 - s.i);
+  if (kHasLists && s.i + 1 < s.walk.count) s.entry_next = s.walk.at(s.walk.count - 2 - s.i);
   return true;
 }
 ATTENTION_DEVICE int turn(const AttentionParams& p, const Row& row, const Step& s, int j) {
@@ -221,6 +237,11 @@ ATTENTION_DEVICE void store_release(int* p, int x) {
 // A second barrier of the block: warps report that they are past a point, one warp waits for all.
 ATTENTION_DEVICE void arrive() { asm volatile("bar.arrive 1, %0;" ::"n"(kThreads) : "memory"); }
 ATTENTION_DEVICE void await_arrivals() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
+// Of the two warps that share keys.
+ATTENTION_DEVICE void pair_barrier(int warp) {
+  asm volatile("bar.sync %0, 64;" ::"r"(2 + warp / 2) : "memory");
+}
 
 // dQ of a query tile += this block's share; only one block at a time is here for a tile. The first writes.
 ATTENTION_DEVICE void add_to_sum(float* sum, const float (&dq)[kDqM][kDqN][4], bool first, int thread) {
@@ -403,12 +424,12 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
   const int kv_head = drawn % heads % p.n_kv_head, kv0 = j * kBlockKv;
   const Shared shared = make_shared(shared_memory);
 
-  const int part = warp % kTile.d_split, key_row = warp / kTile.d_split * 16 * kM, kv_warp = kv0 + key_row;
+  const int part = warp % kSplit, key_row = warp / kSplit * 16 * kM, kv_warp = kv0 + key_row;
   const int dq_row = warp % kDqWarpsQ * 16 * kDqM, dq_column = warp / kDqWarpsQ * 8 * kDqN;
   float dk[kM][kD][4] = {}, dv[kM][kD][4] = {};
   Keys keys{};
 
-  Step next{-1, 0, {nullptr, 0, 0}, 0};
+  Step next{-1, 0, {nullptr, 0, 0}, 0, 0};
   bool more = advance(p, b, kv_head, j, next);
   int heads_done = 0;  // heads of the group whose captured gradients are written
   if (more) {
@@ -451,20 +472,34 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
     const unsigned q_tile = shared.q + stage * kQBytes, dout_tile = shared.dout + stage * kQBytes;
     const unsigned stats = shared.stats + stage * 2 * kBlockQ * 4, sum_tile = shared.sums + stage * kSumBytes;
 #pragma unroll(kExact ? 1 : 4)
-    for (int c = 0; c < kBlockQ; c += kStep) {
+    for (int c = 0; c < kBlockQ; c += kSteps * kStep) {
       float s[kM][kN][4] = {}, dp[kM][kN][4] = {};
-      product_nt<kHeadDim>(s, shared.k, key_row, q_tile, c, lane);
-      product_nt<kHeadDim>(dp, shared.v, key_row, dout_tile, c, lane);
-      if (ATTENTION_DROPOUT) drop(p, row, dp, q0 + c, kv_warp, lane);
+      const int mine = c + (kPaired ? part * kStep : 0);
+      product_nt<kHeadDim>(s, shared.k, key_row, q_tile, mine, lane);
+      product_nt<kHeadDim>(dp, shared.v, key_row, dout_tile, mine, lane);
+      if (ATTENTION_DROPOUT) drop(p, row, dp, q0 + mine, kv_warp, lane);
       if (partial)
-        elementwise<true>(p, row, sum_tile, keys, s, dp, stats, q0 + c, c, kv_warp, part == 0, warp, lane);
+        elementwise<true>(p, row, sum_tile, keys, s, dp, stats, q0 + mine, mine, kv_warp, part == 0, warp,
+                          lane);
       else
-        elementwise<false>(p, row, sum_tile, keys, s, dp, stats, q0 + c, c, kv_warp, part == 0, warp, lane);
-      if (ATTENTION_DROPOUT) drop(p, row, s, q0 + c, kv_warp, lane);
-      if (part == 0) store_ds(shared.ds + stage * kDsBytes, dp, key_row, c, lane);
-      product_rn<kHeadDim>(dv, s, dout_tile, c, part * kColumns, lane);
-      if (c + kStep == kBlockQ) pass_turn(pending, warp, lane);
-      product_rn<kHeadDim>(dk, dp, q_tile, c, part * kColumns, lane);
+        elementwise<false>(p, row, sum_tile, keys, s, dp, stats, q0 + mine, mine, kv_warp, part == 0, warp,
+                           lane);
+      if (ATTENTION_DROPOUT) drop(p, row, s, q0 + mine, kv_warp, lane);
+      const unsigned ds_tile = shared.ds + stage * kDsBytes;
+      if (kPaired || part == 0) store_ds(ds_tile, dp, key_row, mine, lane);
+      if constexpr (kPaired) {
+        store_ds(shared.p, s, key_row, mine, lane);
+        pair_barrier(warp);
+        product_nn<kBlockQ, kHeadDim, kSteps * kStep>(dv, shared.p, key_row, c, dout_tile, part * kColumns,
+                                                      lane);
+      } else {
+        product_rn<kHeadDim>(dv, s, dout_tile, c, part * kColumns, lane);
+      }
+      if (c + kSteps * kStep == kBlockQ) pass_turn(pending, warp, lane);
+      if constexpr (kPaired)
+        product_nn<kBlockQ, kHeadDim, kSteps * kStep>(dk, ds_tile, key_row, c, q_tile, part * kColumns, lane);
+      else
+        product_rn<kHeadDim>(dk, dp, q_tile, c, part * kColumns, lane);
     }
     pending = {p.dq_turn + tile_at, tile_at, turn(p, row, step, j), row.h, q0, seen, pending.turn != nullptr};
     last_stage = stage;

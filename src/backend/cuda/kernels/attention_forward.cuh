@@ -15,6 +15,19 @@ constexpr ForwardTile kTile = forward_tile(kDType, kHeadDim);
 constexpr int kBlockQ = kTile.block_q(), kBlockKv = kTile.block_kv, kThreads = kTile.threads();
 constexpr int kM = kTile.m_tiles, kN = kBlockKv / 8, kD = kHeadDim / 8;
 constexpr int kTileBytes = kBlockKv * Tile<kHeadDim>::row_bytes;
+// Below, registers are dearer.
+constexpr Loop kLoop = !kExact && kHeadDim > 64 ? Loop::quick : Loop::unrolled;
+constexpr Loop kFirstLoop = kLoop == Loop::quick ? Loop::rolled : Loop::unrolled;
+// By how much a row's scores may grow, in base 2, before its sums follow: weights then stay below 2^8, and
+// almost no tile after the first has to touch the sums.
+constexpr float kSlack = kExact ? 0.0f : 8.0f;
+
+// What the mod knows of the columns of a tile, computed by one thread for all.
+constexpr bool kHasColumns = !__is_empty(ModKv);
+struct Columns {
+  ModKv at[kHasColumns ? kBlockKv : 1];
+  ATTENTION_DEVICE ModKv of(int column) const { return at[kHasColumns ? column : 0]; }
+};
 
 // The state of a thread's 2*kM queries.
 struct State {
@@ -31,21 +44,25 @@ ATTENTION_DEVICE TileWalk walk(const AttentionParams& p, const Row& row, int til
 
 // s becomes the mod's score in base 2.
 ATTENTION_DEVICE void apply_mod(const AttentionParams& p, const Row& row, const ModContext& context,
-                                const ModHead& head, const State& state, float (&s)[kM][kN][4], int q_warp,
-                                int kv, int lane) {
+                                const ModHead& head, const State& state, const Columns& columns,
+                                float (&s)[kM][kN][4], int q_warp, int kv, int lane) {
 #pragma unroll
   for (int n = 0; n < kN; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int key = min(kv + 8 * n + 2 * (lane % 4) + e, row.n_kv - 1);
-      const ModKv column = mod_kv(context, head, key);
+      const int column = 8 * n + 2 * (lane % 4) + e, key = min(kv + column, row.n_kv - 1);
+      const ModKv mod = columns.of(column);
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
+          const ModQ& mq = state.mod[m][i];
           float& x = s[m][n][2 * i + e];
-          x = mod_score(context, head, state.mod[m][i], column, x * p.scale, q, key) * kLog2e;
+          if (kExact)
+            x = mod_score(context, head, mq, mod, x * p.scale, q, key) * kLog2e;
+          else
+            x = mod_score_base2(context, head, mq, mod, x * p.scale, x * (p.scale * kLog2e), q, key);
         }
     }
 }
@@ -61,8 +78,8 @@ ATTENTION_DEVICE void scale_scores(float (&s)[kM][kN][4], float factor) {
 
 // s becomes -inf where the key is hidden.
 ATTENTION_DEVICE void apply_mask(const AttentionParams& p, const Row& row, const ModContext& context,
-                                 const ModHead& head, const State& state, float (&s)[kM][kN][4], int q_warp,
-                                 int kv, int lane) {
+                                 const ModHead& head, const State& state, const Columns& columns,
+                                 float (&s)[kM][kN][4], int q_warp, int kv, int lane) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -73,40 +90,38 @@ ATTENTION_DEVICE void apply_mask(const AttentionParams& p, const Row& row, const
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int key = kv + 8 * n + 2 * (lane % 4) + e, inside = min(key, row.n_kv - 1);
-          const bool seen =
-              key >= range.first && key < range.end &&
-              mod_mask(context, head, state.mod[m][i], mod_kv(context, head, inside), q, inside);
+          const int column = 8 * n + 2 * (lane % 4) + e, key = kv + column, inside = min(key, row.n_kv - 1);
+          const bool seen = key >= range.first && key < range.end &&
+                            mod_mask(context, head, state.mod[m][i], columns.of(column), q, inside);
           if (!seen) s[m][n][2 * i + e] = negative_infinity();
         }
     }
 }
 
-// s becomes the weights exp2(s - max), sum and out follow the new maximum. `unit` turns s into base 2.
-ATTENTION_DEVICE void softmax(State& state, float (&s)[kM][kN][4], float unit) {
+// Raises the maxima where s has grown beyond them; sums and out follow. `unit` turns s into base 2.
+ATTENTION_DEVICE void raise_maxima(State& state, const float (&s)[kM][kN][4], float unit) {
+  float top[kM][2];
+  bool raise = false;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = s[m][0][2 * i];
+      float x = s[m][0][2 * i];
 #pragma unroll
-      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      top = fmaxf(state.max[m][i], top * unit);
-      const float base = top == negative_infinity() ? 0.0f : top;
-      const float factor = exp2_fast(state.max[m][i] - base);
-      state.max[m][i] = top;
-      float sum = 0;
+      for (int n = 0; n < kN; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * i], s[m][n][2 * i + 1]));
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) * unit;
+      top[m][i] = x > state.max[m][i] + kSlack ? x : state.max[m][i];
+      raise = raise || top[m][i] != state.max[m][i];
+    }
+  if (!__any_sync(~0u, raise)) return;
 #pragma unroll
-      for (int n = 0; n < kN; ++n)
+  for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[m][n][2 * i + e];
-          x = exp2_fast(fmaf(x, unit, -base));
-          sum += x;
-        }
-      state.sum[m][i] = fmaf(state.sum[m][i], factor, sum);
+    for (int i = 0; i < 2; ++i) {
+      const float factor = exp2_fast(state.max[m][i] - (top[m][i] == negative_infinity() ? 0.0f : top[m][i]));
+      state.max[m][i] = top[m][i];
+      state.sum[m][i] *= factor;
 #pragma unroll
       for (int n = 0; n < kD; ++n) {
         state.out[m][n][2 * i] *= factor;
@@ -115,20 +130,48 @@ ATTENTION_DEVICE void softmax(State& state, float (&s)[kM][kN][4], float unit) {
     }
 }
 
-ATTENTION_DEVICE void drop(const AttentionParams& p, const Row& row, float (&s)[kM][kN][4], int q_warp,
+// Drops weights of columns 8*n...
+ATTENTION_DEVICE void drop(const AttentionParams& p, const Row& row, float (&s)[kM][kN][4], int n, int q_warp,
                            int kv, int lane) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const int q = q_warp + 16 * m + 8 * i + lane / 4, key = kv + 8 * n + 2 * (lane % 4);
+      const DropoutBits bits = dropout_bits(p.dropout_seed, row.b, row.h, q, key / 4);
+      const bool high = lane & 1;
+      if ((high ? bits.word[2] : bits.word[0]) < p.dropout_threshold) s[m][n][2 * i] = 0;
+      if ((high ? bits.word[3] : bits.word[1]) < p.dropout_threshold) s[m][n][2 * i + 1] = 0;
+    }
+}
+
+// s becomes the weights exp2(s * unit - max), which are added to sum and, times the values, to out: the
+// weights of some columns while the products of the ones before are under way.
+ATTENTION_DEVICE void add_values(const AttentionParams& p, const Row& row, State& state,
+                                 float (&s)[kM][kN][4], float unit, unsigned v_tile, int q_warp, int kv,
+                                 int lane) {
+  float base[kM][2], sum[kM][2] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int q = q_warp + 16 * m + 8 * i + lane / 4, key = kv + 8 * n + 2 * (lane % 4);
-        const DropoutBits bits = dropout_bits(p.dropout_seed, row.b, row.h, q, key / 4);
-        const bool high = lane & 1;
-        if ((high ? bits.word[2] : bits.word[0]) < p.dropout_threshold) s[m][n][2 * i] = 0;
-        if ((high ? bits.word[3] : bits.word[1]) < p.dropout_threshold) s[m][n][2 * i + 1] = 0;
-      }
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) base[m][i] = state.max[m][i] == negative_infinity() ? 0.0f : state.max[m][i];
+  product_rn<kHeadDim>(state.out, s, v_tile, 0, 0, lane, [&](int first) {
+#pragma unroll
+    for (int n = first; n < first + 2; ++n) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[m][n][e] = exp2_fast(fmaf(s[m][n][e], unit, -base[m][e / 2]));
+          sum[m][e / 2] += s[m][n][e];
+        }
+      if (ATTENTION_DROPOUT) drop(p, row, s, n, q_warp, kv, lane);
+    }
+  });
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) state.sum[m][i] += sum[m][i];
 }
 
 // Divides by the sums and writes out and lse; rows that do not exist in a shorter batch row are zeros.
@@ -166,6 +209,7 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
     attention_forward(const __grid_constant__ AttentionParams p) {
   using namespace forward;
   extern __shared__ __align__(1024) char shared[];
+  __shared__ Columns columns[2];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int heads = p.batch * p.n_head, tiles = (p.q_len + kBlockQ - 1) / kBlockQ;
   const int bh = blockIdx.x % heads, tile = tiles - 1 - blockIdx.x / heads;
@@ -189,12 +233,14 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
   if (tile_walk.count > 0) {
     const char* q_data = static_cast<const char*>(p.q.data) +
                          (row.b * p.q.batch + row.h * p.q.head + q0 * p.q.token) * kElementBytes;
-    load_rows<kBlockQ, kThreads>(q_tile, q_data, p.q.token, row.n_q - q0, thread);
+    load_rows<kBlockQ, kThreads, kFirstLoop>(q_tile, q_data, p.q.token, row.n_q - q0, thread);
     const int kv = (tile_walk.at(0) >> 1) * kBlockKv;
-    load_keys<kBlockKv, kThreads>(k_tile, p, p.k, row, kv_head, kv, thread);
-    load_keys<kBlockKv, kThreads>(v_tile, p, p.v, row, kv_head, kv, thread);
+    load_keys<kBlockKv, kThreads, kFirstLoop>(k_tile, p, p.k, row, kv_head, kv, thread);
+    load_keys<kBlockKv, kThreads, kFirstLoop>(v_tile, p, p.v, row, kv_head, kv, thread);
     copy_commit();
     head = mod_head(context);
+    if (kHasColumns && thread < kBlockKv)
+      columns[0].at[thread] = mod_kv(context, head, min(kv + thread, row.n_kv - 1));
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -205,28 +251,37 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
 
   // What turns scores into base 2 after their maximum is taken, so it must not be negative.
   const float unit = MOD_HAS_SCORE || p.scale <= 0 ? 1.0f : p.scale * kLog2e;
+  int entry = tile_walk.count > 0 ? tile_walk.at(0) : 0,
+      entry_next = tile_walk.count > 1 ? tile_walk.at(1) : 0;
 #pragma unroll 1
   for (int t = 0; t < tile_walk.count; ++t) {
-    const int entry = tile_walk.at(t), kv = (entry >> 1) * kBlockKv;
-    const unsigned k_now = k_tile + (t & 1) * kTileBytes, v_now = v_tile + (t & 1) * kTileBytes;
+    const int kv = (entry >> 1) * kBlockKv, stage = t & 1;
+    const int entry_after = t + 2 < tile_walk.count ? tile_walk.at(t + 2) : 0;
+    const bool more = t + 1 < tile_walk.count;
     copy_wait<0>();
     __syncthreads();  // this tile has arrived, and every warp is done with the buffers filled next
-    if (t + 1 < tile_walk.count) {
-      const int next = (tile_walk.at(t + 1) >> 1) * kBlockKv;
-      load_keys<kBlockKv, kThreads>(k_tile + (~t & 1) * kTileBytes, p, p.k, row, kv_head, next, thread);
-      load_keys<kBlockKv, kThreads>(v_tile + (~t & 1) * kTileBytes, p, p.v, row, kv_head, next, thread);
+    ModKv column{};
+    if (more) {
+      const int next = (entry_next >> 1) * kBlockKv;
+      load_keys<kBlockKv, kThreads, kLoop>(k_tile + (stage ^ 1) * kTileBytes, p, p.k, row, kv_head, next,
+                                           thread);
+      load_keys<kBlockKv, kThreads, kLoop>(v_tile + (stage ^ 1) * kTileBytes, p, p.v, row, kv_head, next,
+                                           thread);
       copy_commit();
+      if (kHasColumns && thread < kBlockKv) column = mod_kv(context, head, min(next + thread, row.n_kv - 1));
     }
     float s[kM][kN][4] = {};
-    product_nt<kHeadDim>(s, q_tile, warp * 16 * kM, k_now, 0, lane);
+    product_nt<kHeadDim>(s, q_tile, warp * 16 * kM, k_tile + stage * kTileBytes, 0, lane);
+    if (kHasColumns && more && thread < kBlockKv) columns[stage ^ 1].at[thread] = column;
     const bool partial = (entry & 1) || (MOD_HAS_MASK && !tile_walk.entry) ||
                          crosses_border(p, row, q_first, q_last, kv, kBlockKv);
     if (!MOD_HAS_SCORE && p.scale <= 0) scale_scores(s, p.scale * kLog2e);
-    if (MOD_HAS_SCORE) apply_mod(p, row, context, head, state, s, q_warp, kv, lane);
-    if (partial) apply_mask(p, row, context, head, state, s, q_warp, kv, lane);
-    softmax(state, s, unit);
-    if (ATTENTION_DROPOUT) drop(p, row, s, q_warp, kv, lane);
-    product_rn<kHeadDim>(state.out, s, v_now, 0, 0, lane);
+    if (MOD_HAS_SCORE) apply_mod(p, row, context, head, state, columns[stage], s, q_warp, kv, lane);
+    if (partial) apply_mask(p, row, context, head, state, columns[stage], s, q_warp, kv, lane);
+    raise_maxima(state, s, unit);
+    add_values(p, row, state, s, unit, v_tile + stage * kTileBytes, q_warp, kv, lane);
+    entry = entry_next;
+    entry_next = entry_after;
   }
   finish(p, row, state, q_tile, q0, q_warp, warp, lane);
 }

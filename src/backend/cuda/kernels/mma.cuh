@@ -29,6 +29,9 @@ ATTENTION_DEVICE unsigned shared_address(const void* p) {
 ATTENTION_DEVICE void copy_async(unsigned to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
 }
+ATTENTION_DEVICE void copy_async(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
 ATTENTION_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int pending>
 ATTENTION_DEVICE void copy_wait() {
@@ -233,13 +236,16 @@ ATTENTION_DEVICE void product_nt(float (&acc)[m_tiles][n_tiles][4], unsigned a, 
 }
 
 // acc[m][n] += P B: P (16*m_tiles x 8*k_tiles) in registers with the accumulator's layout, rounded to
-// Element; B rows b_row.. and columns b_column.. of tile b, laid out as Tile<columns>.
-template <int columns, int m_tiles, int k_tiles, int n_tiles>
-ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], const float (&p)[m_tiles][k_tiles][4],
-                                 unsigned b, int b_row, int b_column, int lane) {
+// Element; B rows b_row.. and columns b_column.. of tile b, laid out as Tile<columns>. prepare(k) is called
+// before columns k and k + 1 of P are read, for even k.
+template <int columns, int m_tiles, int k_tiles, int n_tiles, class Prepare>
+ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m_tiles][k_tiles][4],
+                                 unsigned b, int b_row, int b_column, int lane, const Prepare& prepare) {
   using T = Tile<columns>;
   if constexpr (kExact) {
     static_assert(k_tiles % 2 == 0);
+#pragma unroll
+    for (int k = 0; k < k_tiles; k += 2) prepare(k);
 #pragma unroll
     for (int k0 = 0; k0 < 8 * k_tiles; k0 += 16) {
       float x[16][m_tiles][2];
@@ -258,6 +264,7 @@ ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], const float 
     const int b_lane = b_row + (lane & 15), b_half = b_column / 8 + (lane >> 4);
 #pragma unroll
     for (int k = 0; k < k_tiles; k += 2) {
+      prepare(k);
       Quad x[m_tiles];
 #pragma unroll
       for (int m = 0; m < m_tiles; ++m)
@@ -271,6 +278,38 @@ ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], const float 
           mma(acc[m][n], x[m], y.x[0], y.x[1]);
           mma(acc[m][n + 1], x[m], y.x[2], y.x[3]);
         }
+      }
+    }
+  }
+}
+template <int columns, int m_tiles, int k_tiles, int n_tiles>
+ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m_tiles][k_tiles][4],
+                                 unsigned b, int b_row, int b_column, int lane) {
+  product_rn<columns>(acc, p, b, b_row, b_column, lane, [](int) {});
+}
+
+// acc[m][n] += A B over `depth` columns of A: rows a_row.. and columns a_column.. of tile a
+// (Tile<a_columns>), rows a_column.. and columns b_column.. of tile b (Tile<b_columns>). Not for f32.
+template <int a_columns, int b_columns, int depth, int m_tiles, int n_tiles>
+ATTENTION_DEVICE void product_nn(float (&acc)[m_tiles][n_tiles][4], unsigned a, int a_row, int a_column,
+                                 unsigned b, int b_column, int lane) {
+  using TA = Tile<a_columns>;
+  using TB = Tile<b_columns>;
+  const int a_lane = a_row + (lane & 15), a_half = a_column / 8 + (lane >> 4);
+  const int b_lane = a_column + (lane & 15), b_half = b_column / 8 + (lane >> 4);
+#pragma unroll
+  for (int k = 0; k < depth / 16; ++k) {
+    Quad x[m_tiles];
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m)
+      x[m] = load_matrix(a + TA::chunk_offset(a_lane + 16 * m, 2 * k + a_half));
+#pragma unroll
+    for (int n = 0; n < n_tiles; n += 2) {
+      const Quad y = load_matrix_trans(b + TB::chunk_offset(b_lane + 16 * k, b_half + n));
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m) {
+        mma(acc[m][n], x[m], y.x[0], y.x[1]);
+        mma(acc[m][n + 1], x[m], y.x[2], y.x[3]);
       }
     }
   }

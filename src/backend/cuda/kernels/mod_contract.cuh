@@ -37,6 +37,8 @@
 //   ModKv mod_kv(const ModContext& c, const ModHead& mh, int kv)
 //   bool  mod_mask (c, mh, const ModQ& mq, const ModKv& mk, int q, int kv)
 //   float mod_score(c, mh, mq, mk, float score, int q, int kv)
+//   float mod_score_base2(c, mh, mq, mk, score, score2, q, kv)     mod_score * log2(e), score2 being score *
+//       log2(e): for bf16 and f16 only, where exp and log are the hardware's, which has them in base 2
 //   float mod_score_grad(c, mh, mq, mk, float score, int q, int kv)             d mod_score / d score
 //   float mod_capture_grad(int i, c, mh, mq, mk, float score, int q, int kv)    d mod_score / d access i
 //   long long mod_capture_index(int i, const ModContext& c, int q, int kv)     flat element of access i;
@@ -60,6 +62,7 @@ namespace flexchat::cuda {
 struct ModHead {
   int v0;    // prefix[b]
   float v1;  // s / n_kv
+  float b1;  // the same times log2(e)
 };
 struct ModQ {
   float v6;  // q
@@ -71,7 +74,8 @@ struct ModKv {
 };
 
 MOD_DEVICE ModHead mod_head(const ModContext& c) {
-  return {capture_integer(c.p.captures[2], c.b), 0.1f / static_cast<float>(c.n_kv)};
+  const float v1 = 0.1f / static_cast<float>(c.n_kv);
+  return {capture_integer(c.p.captures[2], c.b), v1, v1 * kModLog2e};
 }
 MOD_DEVICE ModQ mod_q(const ModContext&, const ModHead&, int q) { return {static_cast<float>(q)}; }
 MOD_DEVICE ModKv mod_kv(const ModContext& c, const ModHead&, int kv) {
@@ -85,6 +89,10 @@ MOD_DEVICE bool mod_mask(const ModContext&, const ModHead& mh, const ModQ&, cons
 MOD_DEVICE float mod_score(const ModContext&, const ModHead& mh, const ModQ& mq, const ModKv& mk, float score,
                            int, int) {
   return score + mod_log(mk.v4 * mod_sigmoid(score) + 1e-6f) - mod_abs(mq.v6 - mk.v5) * mh.v1;
+}
+MOD_DEVICE float mod_score_base2(const ModContext&, const ModHead& mh, const ModQ& mq, const ModKv& mk, float,
+                                 float score2, int, int) {
+  return score2 + mod_log2(mk.v4 * mod_sigmoid_base2(score2) + 1e-6f) - mod_abs(mq.v6 - mk.v5) * mh.b1;
 }
 MOD_DEVICE float mod_score_grad(const ModContext&, const ModHead&, const ModQ&, const ModKv& mk, float score,
                                 int, int) {

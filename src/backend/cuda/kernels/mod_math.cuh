@@ -1,6 +1,7 @@
 // The vocabulary of emitted Mod sections (mod_contract.cuh): where a mod is evaluated, reads of captured
 // tensors, and the functions of the expression language. In f32 kernels functions are the accurate ones; with
-// bf16 and f16 operands the hardware's approximations are far below the rounding of the products.
+// bf16 and f16 operands the hardware's approximations are far below the rounding of the products; numbers
+// below 2^-126 are then zeros, which spares three instructions a function.
 #pragma once
 #include "attention_params.cuh"
 
@@ -31,6 +32,7 @@ MOD_DEVICE int capture_integer(const AttentionCapture& c, Index... index) {
 }
 
 constexpr bool kModExact = ATTENTION_DTYPE == 0;
+constexpr float kModLog2e = 1.4426950408889634f, kModLn2 = 0.6931471805599453f;
 
 MOD_DEVICE float mod_rcp(float x) {
   if (kModExact) return 1.0f / x;
@@ -38,17 +40,32 @@ MOD_DEVICE float mod_rcp(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-MOD_DEVICE float mod_exp(float x) { return kModExact ? expf(x) : __expf(x); }
-MOD_DEVICE float mod_log(float x) { return kModExact ? logf(x) : __logf(x); }
-MOD_DEVICE float mod_div(float x, float y) { return kModExact ? x / y : __fdividef(x, y); }
+MOD_DEVICE float mod_exp2(float x) {
+  if (kModExact) return exp2f(x);
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MOD_DEVICE float mod_log2(float x) {
+  if (kModExact) return log2f(x);
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MOD_DEVICE float mod_exp(float x) { return kModExact ? expf(x) : mod_exp2(x * kModLog2e); }
+MOD_DEVICE float mod_log(float x) { return kModExact ? logf(x) : mod_log2(x) * kModLn2; }
+MOD_DEVICE float mod_div(float x, float y) { return kModExact ? x / y : x * mod_rcp(y); }
 MOD_DEVICE float mod_sqrt(float x) { return sqrtf(x); }
 MOD_DEVICE float mod_pow(float x, float y) { return powf(x, y); }
 MOD_DEVICE float mod_sigmoid(float x) { return mod_rcp(1.0f + mod_exp(-x)); }
 // 1 - 2/(e^(2x) + 1) keeps an absolute error near 1e-7, which a cap of 50 turns into 5e-6; tanh.approx would
 // give 0.02.
 MOD_DEVICE float mod_tanh(float x) {
-  return kModExact ? tanhf(x) : 1.0f - 2.0f * mod_rcp(__expf(2.0f * x) + 1.0f);
+  return kModExact ? tanhf(x) : 1.0f - 2.0f * mod_rcp(mod_exp(2.0f * x) + 1.0f);
 }
+// sigmoid(x) and tanh(x) of x * log2(e).
+MOD_DEVICE float mod_sigmoid_base2(float x) { return mod_rcp(1.0f + mod_exp2(-x)); }
+MOD_DEVICE float mod_tanh_base2(float x) { return 1.0f - 2.0f * mod_rcp(mod_exp2(2.0f * x) + 1.0f); }
 MOD_DEVICE float mod_softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 MOD_DEVICE float mod_abs(float x) { return fabsf(x); }
 MOD_DEVICE float mod_min(float x, float y) { return fminf(x, y); }

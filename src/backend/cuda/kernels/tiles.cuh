@@ -70,13 +70,21 @@ constexpr BackwardTile backward_tile(int dtype, int d) {
   return {8, 1, 2, 32, 32, 1};
 }
 
-// K, V; two stages of Q, dO, row statistics, dS, and each warp's sums by query of n_grads captured accesses.
-constexpr int backward_shared_bytes(int dtype, int d, int n_grads) {
+// May two warps share their keys (attention_backward.cuh)? Where one warp holds 16 keys and all columns.
+constexpr bool paired_backward(int dtype, int d) {
+  const BackwardTile t = backward_tile(dtype, d);
+  return dtype != kAttentionF32 && t.d_split == 1 && t.m_tiles == 1 && d % 32 == 0;
+}
+
+// K, V; two stages of Q, dO, row statistics, dS, and each warp's sums by query of n_grads captured accesses;
+// P on sm_90 and up.
+constexpr int backward_shared_bytes(int dtype, int d, int n_grads, bool sm90) {
   const BackwardTile t = backward_tile(dtype, d);
   const int element = dtype == kAttentionF32 ? 4 : 2, row = tile_row_bytes(d, element);
   return 2 * t.block_kv() * row + 4 * t.block_q * row +
          2 * t.block_kv() * tile_row_bytes(t.block_q, element) + 4 * t.block_q * 4 +
-         2 * n_grads * t.warps * t.block_q * 4;
+         2 * n_grads * t.warps * t.block_q * 4 +
+         (sm90 && paired_backward(dtype, d) ? t.block_kv() * tile_row_bytes(t.block_q, element) : 0);
 }
 
 // Decoding: each warp has its own stages of 16 keys and values.
