@@ -22,18 +22,16 @@ inline void copy_rows_on_host(int64_t batch, int64_t tokens, int64_t width, cons
   }
 }
 
-inline void draw_on_host(const Distribution& distribution, uint64_t seed, uint64_t stream,
-                         const Tensor& out) {
-  const auto [kind, a, b] = distribution;
+inline void draw_on_host(const Distribution& d, uint64_t seed, uint64_t stream, const Tensor& out) {
   constexpr int64_t kGrain = 4096;
   parallel_for(out.numel(), kGrain, [&](int64_t begin, int64_t end) {
     Rng rng(seed, stream);
-    const uint64_t words = kind == Distribution::normal ? 4 : kind == Distribution::uniform ? 2 : 0;
+    const uint64_t words = d.kind == Distribution::normal ? 4 : d.kind == Distribution::uniform ? 2 : 0;
     rng.seek(static_cast<uint64_t>(begin) * words);
     for (int64_t i = begin; i < end; ++i) {
-      double x = a;
-      if (kind == Distribution::normal) x = a + b * rng.normal();
-      if (kind == Distribution::uniform) x = a + (b - a) * rng.uniform();
+      double x = d.a;
+      if (d.kind == Distribution::normal) x = d.a + d.b * rng.normal();
+      if (d.kind == Distribution::uniform) x = d.a + (d.b - d.a) * rng.uniform();
       out.set(i, x);
     }
   });
