@@ -12,10 +12,10 @@
 #include "base/error.h"
 #include "base/options.h"
 #include "base/strings.h"
+#include "cli/bench_output.h"
 #include "cli/command.h"
 #include "flex/mods.h"
 #include "report/environment.h"
-#include "report/run_folder.h"
 #include "report/table.h"
 
 namespace flexchat {
@@ -154,10 +154,11 @@ Row time_attention(Backend& backend, const AttentionShape& s, const std::string&
 
 struct AttentionBench {
   DeviceOptions compute;
+  BenchOutput output;
   std::vector<std::string> shapes, mods = {"sdpa", "flex", "synaptic"};
-  std::string kernel = "auto", run_id, runs = "runs";
+  std::string kernel = "auto";
   int64_t repeats = 15;
-  bool no_backward = false, json = false;
+  bool no_backward = false;
 
   void declare(Options& o) {
     o.add("--shapes", &shapes,
@@ -168,9 +169,7 @@ struct AttentionBench {
     o.add("--repeats", &repeats, "samples; the median counts").at_least(1);
     o.add("--no-backward", &no_backward, "forward only");
     compute.declare(o);
-    o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
-    o.add("--runs", &runs, "folder that holds run folders").not_recorded();
-    o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+    output.declare(o);
   }
 };
 
@@ -222,14 +221,7 @@ int bench_attention(const Words& words) {
                         {"device", backend->name()},
                         {"options", options.to_json()},
                         {"rows", rows}};
-  const RunFolder run = RunFolder::create("bench", c.run_id, RunMode::fresh, c.runs);
-  run.write_summary(summary);
-  if (c.json) {
-    fmt::print("{}\n", summary.dump(2));
-  } else {
-    fmt::print("{}run folder {}\n", table.text(), run.path().string());
-  }
-  return 0;
+  return c.output.finish(summary, table);
 }
 
 }  // namespace flexchat

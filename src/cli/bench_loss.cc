@@ -6,10 +6,10 @@
 #include "backend/device_options.h"
 #include "base/options.h"
 #include "base/strings.h"
+#include "cli/bench_output.h"
 #include "cli/command.h"
 #include "ops/loss_bench.h"
 #include "report/environment.h"
-#include "report/run_folder.h"
 #include "report/table.h"
 
 namespace flexchat {
@@ -17,10 +17,9 @@ namespace {
 
 struct LossBench {
   DeviceOptions compute;
+  BenchOutput output;
   std::vector<std::string> losses = {"full", "chunked", "cce"};
-  std::string run_id, runs = "runs";
   int64_t rows = 2048, width = 256, vocab_size = 4096, repeats = 10, memory_budget = 0;
-  bool json = false;
 
   void declare(Options& o) {
     o.add("--loss", &losses, "of full (current), chunked (liger), cce, auto");
@@ -30,9 +29,7 @@ struct LossBench {
     o.add("--memory-budget", &memory_budget, "bytes of temporary memory; 0: each backend's own").at_least(0);
     o.add("--repeats", &repeats, "timed runs; the median counts").at_least(1);
     compute.declare(o);
-    o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
-    o.add("--runs", &runs, "folder that holds run folders").not_recorded();
-    o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+    output.declare(o);
   }
 };
 
@@ -72,14 +69,7 @@ int bench_loss(const Words& words) {
                         {"device", backend->name()},
                         {"options", options.to_json()},
                         {"rows", rows}};
-  const RunFolder run = RunFolder::create("bench", c.run_id, RunMode::fresh, c.runs);
-  run.write_summary(summary);
-  if (c.json) {
-    fmt::print("{}\n", summary.dump(2));
-  } else {
-    fmt::print("{}run folder {}\n", table.text(), run.path().string());
-  }
-  return 0;
+  return c.output.finish(summary, table);
 }
 
 }  // namespace flexchat

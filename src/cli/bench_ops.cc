@@ -6,9 +6,9 @@
 #include "backend/device_options.h"
 #include "backend/ops_bench.h"
 #include "base/options.h"
+#include "cli/bench_output.h"
 #include "cli/command.h"
 #include "report/environment.h"
-#include "report/run_folder.h"
 #include "report/table.h"
 
 namespace flexchat {
@@ -16,10 +16,9 @@ namespace {
 
 struct OpsBench {
   DeviceOptions compute;
-  std::string run_id, runs = "runs";
+  BenchOutput output;
   std::optional<int64_t> rows, width, vocab_size;
   int64_t repeats = 10;
-  bool json = false;
 
   void declare(Options& o) {
     o.add("--rows", &rows, "tokens (default 2048; 65536 on a GPU)").at_least(1);
@@ -28,9 +27,7 @@ struct OpsBench {
         .at_least(1);
     o.add("--repeats", &repeats, "samples; the median counts").at_least(1);
     compute.declare(o);
-    o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
-    o.add("--runs", &runs, "folder that holds run folders").not_recorded();
-    o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+    output.declare(o);
   }
 };
 
@@ -62,14 +59,7 @@ int bench_ops(const Words& words) {
   const Json summary = {
       {"result", "done"}, {"repro", command_line()}, {"device", backend->name()},    {"tokens", n},
       {"width", width},   {"vocab_size", vocab},     {"options", options.to_json()}, {"rows", rows}};
-  const RunFolder run = RunFolder::create("bench", c.run_id, RunMode::fresh, c.runs);
-  run.write_summary(summary);
-  if (c.json) {
-    fmt::print("{}\n", summary.dump(2));
-  } else {
-    fmt::print("{}run folder {}\n", table.text(), run.path().string());
-  }
-  return 0;
+  return c.output.finish(summary, table);
 }
 
 }  // namespace flexchat

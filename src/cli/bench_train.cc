@@ -13,11 +13,11 @@
 #include "base/options.h"
 #include "base/rng.h"
 #include "base/strings.h"
+#include "cli/bench_output.h"
 #include "cli/command.h"
 #include "models/run_options.h"
 #include "optim/budget.h"
 #include "report/environment.h"
-#include "report/run_folder.h"
 #include "report/table.h"
 #include "train/step.h"
 
@@ -60,11 +60,12 @@ std::vector<Point> parse_sweep(const std::string& text) {
 
 struct TrainBench {
   DeviceOptions compute;
+  BenchOutput output;
   AttentionOptions attention;
   HeadLossOptions loss;
-  std::string arch = "classic", sweep = "b=8 t=1024", run_id, runs = "runs";
+  std::string arch = "classic", sweep = "b=8 t=1024";
   int64_t depth = 4, vocab_size = 65536, steps = 8, micro_batches = 1;
-  bool cuda_graph = true, checkpoint_activations = false, json = false;
+  bool cuda_graph = true, checkpoint_activations = false;
 
   void declare(Options& o) {
     o.add("--arch", &arch, "model variant").choices({"classic", "modern"});
@@ -78,9 +79,7 @@ struct TrainBench {
     compute.declare(o);
     attention.declare(o);
     loss.declare(o);
-    o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
-    o.add("--runs", &runs, "folder that holds run folders").not_recorded();
-    o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+    output.declare(o);
   }
 };
 
@@ -178,14 +177,7 @@ int bench_train(const Words& words) {
   const Json summary = {{"result", "done"},          {"repro", command_line()},
                         {"device", backend->name()}, {"options", options.to_json()},
                         {"open_s", open_seconds},    {"rows", rows}};
-  const RunFolder run = RunFolder::create("bench", c.run_id, RunMode::fresh, c.runs);
-  run.write_summary(summary);
-  if (c.json) {
-    fmt::print("{}\n", summary.dump(2));
-  } else {
-    fmt::print("{}run folder {}\n", table.text(), run.path().string());
-  }
-  return 0;
+  return c.output.finish(summary, table);
 }
 
 }  // namespace flexchat
