@@ -54,6 +54,15 @@ std::string find_nvrtc() {
       "toolkit, and name the library in FLEXCHAT_NVRTC if it lies elsewhere");
 }
 
+// NVRTC opens its second library by name only, and so finds it in the loader's places but not beside itself,
+// where wheels have it. Opened here it is found by its name. What is wrong with it, NVRTC says.
+void open_builtins(const void* nvrtc_function, const std::string& version) {
+  Dl_info library;
+  if (::dladdr(nvrtc_function, &library) == 0 || library.dli_fname == nullptr) return;
+  const fs::path folder = fs::path(library.dli_fname).parent_path();
+  ::dlopen((folder / ("libnvrtc-builtins.so." + version)).c_str(), RTLD_LAZY | RTLD_LOCAL);
+}
+
 }  // namespace
 
 struct Nvrtc::Functions {
@@ -99,6 +108,7 @@ Nvrtc::Nvrtc(const std::string& path) : path_(path) {
   int major = 0, minor = 0;
   f.check_status(f.nvrtcVersion(&major, &minor), "version");
   version_ = fmt::format("{}.{}", major, minor);
+  open_builtins(reinterpret_cast<const void*>(f.nvrtcVersion), version_);
   functions_ = std::make_shared<const Functions>(f);
 }
 
