@@ -194,8 +194,10 @@ void CudaBackend::mix_backward(const Tensor& dout, const Coefficient& a, const T
     launch(context_, "mix_backward", {moved * as_double(dout.bytes()), 8 * as_double(n)},
            vectors ? mix_backward_kernel<T, kVector<T>> : mix_backward_kernel<T, 1>,
            dim3(static_cast<unsigned>(blocks)), dim3(kBlock), 0, op, n, partials.as<float>());
-    if (da) add_partials(context_, partials, 0, 1, a.factor, da->as<float>() + a.index);
-    if (db) add_partials(context_, partials, 1, 1, b.factor, db->as<float>() + b.index);
+    if (da || db) {
+      add_partials(context_, partials, {da ? da->as<float>() + a.index : nullptr, 1, a.factor},
+                   {db ? db->as<float>() + b.index : nullptr, 1, b.factor});
+    }
   });
 }
 

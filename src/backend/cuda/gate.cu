@@ -1,6 +1,6 @@
 // Value embeddings: v += gate * ve[id] with gate = 3 * sigmoid(gate_weight . h[:channels]), one gate for each
-// of the G key heads. Forward moves v twice and the table's rows once; backward reads dv twice (gates, then
-// table gradient) and the table's rows once. About 2 FLOPs an element forward, 4 backward.
+// of the G key heads. Forward moves v twice and the table's rows once; backward dv once, and for each id its
+// row of the table once and of the gradient twice. About 2 FLOPs an element forward, 4 backward.
 #include "backend/cuda/token_sums.cuh"
 
 namespace flexchat::cuda {
@@ -58,40 +58,20 @@ __global__ void __launch_bounds__(kBlock)
 
 constexpr int kTokensBackward = 16;  // of a block
 
-// dgate = dv . ve and the gradient of the gate's logit, dgate * d(3 sigmoid) = dgate * gate * (1 - gate/3);
-// from it dh and a partial sum of dgate_weight. `lanes` threads share a token's head. Dynamic shared memory:
+// From dgate = dv . ve, (tokens, heads), the gradient of the gate's logit, dgate * d(3 sigmoid) =
+// dgate * gate * (1 - gate/3); from it dh and a partial sum of dgate_weight. Dynamic shared memory:
 // (kTokensBackward, heads) logit gradients. partials (blocks, heads * channels).
-template <class T, int W>
+template <class T>
 __global__ void __launch_bounds__(kBlock)
-    value_gate_backward_kernel(GateShape s, int lanes, const T* dv, const float* table, const int32_t* ids,
-                               const T* h, const float* weight, const float* gate, T* dh, float* partials) {
+    value_gate_backward_kernel(GateShape s, const float* dgate, const T* h, const float* weight,
+                               const float* gate, T* dh, float* partials) {
   extern __shared__ float dlogits[];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokensBackward;
   const int tokens =
       static_cast<int>(s.tokens - first < kTokensBackward ? s.tokens - first : kTokensBackward);
-  const int lane = static_cast<int>(threadIdx.x) % lanes, groups = kBlock / lanes;
-  for (int start = 0; start < tokens * s.heads; start += groups) {  // the same trips for every thread
-    const int p = start + static_cast<int>(threadIdx.x) / lanes;
-    float dgate = 0;
-    if (p < tokens * s.heads) {
-      const int64_t token = first + p / s.heads;
-      const int head = p % s.heads * s.d;
-      const T* d = dv + token * s.v_stride + head;
-      const float* entry = table + ids[token] * (static_cast<int64_t>(s.heads) * s.d) + head;
-      for (int i = lane * W; i < s.d; i += lanes * W) {
-        Packed<T, W> x;
-        Packed<float, W> y;
-        x.load(d + i);
-        y.load(entry + i);
-#pragma unroll
-        for (int j = 0; j < W; ++j) dgate += x[j] * y[j];
-      }
-    }
-    dgate = group_sum(dgate, lanes);
-    if (p < tokens * s.heads && lane == 0) {
-      const float value = gate[first * s.heads + p];
-      dlogits[p] = dgate * value * (1.0f - value / 3.0f);
-    }
+  for (int p = threadIdx.x; p < tokens * s.heads; p += kBlock) {
+    const float value = gate[first * s.heads + p];
+    dlogits[p] = dgate[first * s.heads + p] * value * (1.0f - value / 3.0f);
   }
   __syncthreads();
 
@@ -112,12 +92,14 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// The table's gradient, for token_sums: the sum of gate * dv.
+// For token_sums: the table's gradient, the sum of gate * dv, and dgate, the products of dv with the table.
 struct GateSums {
-  static constexpr bool kProjects = false;
-  const float* gate;
+  static constexpr bool kProjects = false, kDots = true;
+  const float *table, *gate;
+  float* dgate;
   int heads;
   __device__ float weight(int64_t token, int head) const { return gate[token * heads + head]; }
+  __device__ void dot(int64_t token, int head, float x) const { dgate[token * heads + head] = x; }
 };
 
 GateShape gate_shape(const Tensor& table, const Tensor& ids, const Tensor& h, const Tensor& gate_weight,
@@ -162,21 +144,21 @@ void CudaBackend::value_gate_backward(const Tensor& dqkv, const Tensor& table, c
                                       const Tensor& dtable, const Tensor& dgate_weight, const Tensor& dh) {
   const GateShape s = gate_shape(table, ids, h, gate_weight, dqkv);
   const int64_t blocks = block_count(s.tokens, kTokensBackward), weights = gate_weight.numel();
-  const Tensor partials = empty({blocks, weights}, DType::f32);
+  const Tensor partials = empty({blocks, weights}, DType::f32), dgate = empty(gate.shape(), DType::f32);
   const TokenOrder order = sort_tokens(context_, ids, table.dim(0));
   for_dtype(dqkv.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* const dv = values_of<T>(dqkv, table);
-    const bool vectors = vector_path(s, dv, table);
-    const double elements = as_double(s.tokens * table.dim(1));
-    launch(context_, "value_gate_backward", {elements * (sizeof(T) + 4), 2 * elements},
-           vectors ? value_gate_backward_kernel<T, kVector<T>> : value_gate_backward_kernel<T, 1>,
-           dim3(static_cast<unsigned>(blocks)), dim3(kBlock), sizeof(float) * kTokensBackward * s.heads, s,
-           group_lanes((s.d + kVector<T> - 1) / kVector<T>), dv, table.as<float>(), ids.as<int32_t>(),
-           h.as<T>(), gate_weight.as<float>(), gate.as<float>(), dh.as<T>(), partials.as<float>());
-    add_partials(context_, partials, 0, weights, 1, dgate_weight.as<float>());
     add_token_sums<T>(context_, "value_gate_dtable", order, dv, s.v_stride, table.dim(1), s.d,
-                      GateSums{gate.as<float>(), s.heads}, dtable.as<float>());
+                      GateSums{table.as<float>(), gate.as<float>(), dgate.as<float>(), s.heads},
+                      dtable.as<float>());
+    launch(context_, "value_gate_backward",
+           {as_double(8 * gate.numel()) + 3 * sizeof(T) * as_double(s.tokens * s.channels),
+            4 * as_double(gate.numel() * s.channels)},
+           value_gate_backward_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kBlock),
+           sizeof(float) * kTokensBackward * s.heads, s, dgate.as<float>(), h.as<T>(),
+           gate_weight.as<float>(), gate.as<float>(), dh.as<T>(), partials.as<float>());
+    add_partials(context_, partials, {dgate_weight.as<float>(), weights});
   });
 }
 

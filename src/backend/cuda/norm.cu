@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<T, S, 3>())
 //   dt = sum_n r_n (dy_n - y_n mean(dy_n y_n)) = sum_n r_n dy_n - t * sum_n r_n^3 (dy_n . t) / C.
 // The dot product is thus summed over tokens first and over the row once.
 struct EmbedNormSums {
-  static constexpr bool kProjects = true;
+  static constexpr bool kProjects = true, kDots = false;
   const float *table, *rstd;
   __device__ float weight(int32_t token, int) const { return rstd[token]; }
 };

@@ -240,10 +240,16 @@ constexpr float kNormEps = 0x1p-23f;  // of every RMSNorm: the f32 machine epsil
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// Second stage of a sum over rows: out[j] += factor * sum_i partials[i, first + j] for j < columns, in
-// double, in an order that depends on the shape alone. partials (rows, *) f32.
-void add_partials(Context& context, const Tensor& partials, int64_t first, int64_t columns, double factor,
-                  float* out);
+// Second stage of sums over rows, in double, in an order that depends on the shape alone: with partials
+// (rows, a.columns + b.columns) f32, out[j] += factor * sum_i partials[i, j] for the first columns, then
+// likewise for those of b. Columns without `out` are left alone.
+struct PartialSums {
+  float* out;
+  int64_t columns;
+  double factor = 1;
+};
+void add_partials(Context& context, const Tensor& partials, const PartialSums& a,
+                  const PartialSums& b = {nullptr, 0});
 
 inline double as_double(int64_t x) { return static_cast<double>(x); }
 

@@ -1,6 +1,6 @@
 // Smear (modern): gate_t = lambda * sigmoid(weight . e_t[:channels]); out_t = e_t + gate_t * e_{t-1}. A row's
-// neighbour comes from cache, since a block works on neighbouring rows: forward moves e and out once,
-// backward dout, e and de. About 2 FLOPs an element forward, 4 backward.
+// neighbour comes from cache forward, since a block works on neighbouring rows, and from registers backward:
+// forward moves e and out once, backward dout, e and de. About 2 FLOPs an element forward, 4 backward.
 #include "backend/cuda/ops.cuh"
 
 namespace flexchat::cuda {
@@ -33,62 +33,70 @@ __global__ void __launch_bounds__(kBlock, min_blocks<T, S, 3>())
 }
 
 // Row n receives its own dout, dout of the row behind it through that row's gate, and the gradient of its
-// gate's logit. partials (blocks, channels + 1): sums over the block's rows for dweight and dlambda.
+// gate's logit. The threads of a row work on kRows rows, last first, so that the row behind is still held.
+// partials (ceil(N / kRows), channels + 1): sums over those rows for dweight and dlambda.
+constexpr int kRows = 8;
+
 template <class T, class S>
-__global__ void __launch_bounds__(kBlock, min_blocks<T, S, 3>())
+__global__ void __launch_bounds__(kBlock, min_blocks<T, S, 4>())
     smear_backward_kernel(const T* dout, const T* e, const float* weight, const float* lambda,
                           const float* sigmoid_in, int64_t n, int64_t t_len, int c, int channels, T* de,
                           float* partials) {
-  __shared__ float dlogits[S::kRowsPerBlock], dlambdas[S::kRowsPerBlock];
-  const int64_t row = this_row<S>();
-  const int local = static_cast<int>(threadIdx.x) / S::kThreads;
-  const bool active = row < n, has_previous = active && row % t_len > 0;
-  const bool has_next = active && (row + 1) % t_len > 0;
-  const int width = active ? c : 0;
-  HeldRow<T, S> d_row(dout + row * c, width), next_row(dout + (row + 1) * c, has_next ? c : 0);
-  const float l = *lambda, s = active ? sigmoid_in[row] : 0.0f;
-  float dgate = 0;
-  {
-    HeldRow<T, S> before_row(e + (row - 1) * c, has_previous ? c : 0);
+  __shared__ float dlogits_of[S::kRowsPerBlock][kRows];
+  float* const dlogits = dlogits_of[threadIdx.x / S::kThreads];
+  const int64_t chunk = this_row<S>(), first = chunk * kRows;
+  if (first >= n) return;  // all threads of a row together
+  const float l = *lambda;
+  const auto follows = [&](int64_t row) {
+    return row < n && row % t_len > 0;
+  };  // its neighbour smears into it
+  float dlambda = 0;
+  HeldRow<T, S> next_row(dout + (first + kRows) * c, follows(first + kRows) ? c : 0);
+#pragma unroll 1
+  for (int r = static_cast<int>(n - first < kRows ? n - first : kRows) - 1; r >= 0; --r) {
+    const int64_t row = first + r;
+    const bool has_previous = follows(row), has_next = follows(row + 1);
+    HeldRow<T, S> d_row(dout + row * c, c), before_row(e + (row - 1) * c, has_previous ? c : 0);
+    const float s = sigmoid_in[row], next_gate = has_next ? l * sigmoid_in[row + 1] : 0.0f;
+    float dgate = 0;
     for_each_pack<S>(has_previous ? c : 0, [&](int k, int i) {
       const auto &x = d_row.at(k, i), &y = before_row.at(k, i);
 #pragma unroll
       for (int j = 0; j < S::kWidth; ++j) dgate += x[j] * y[j];
     });
+    dgate = row_sum<S>(dgate);
+    const float dlogit = dgate * l * s * (1.0f - s);
+    if (leads_row<S>()) dlogits[r] = dlogit;
+    dlambda += dgate * s;
+    for_each_pack<S>(c, [&](int k, int i) {
+      const auto& x = d_row.at(k, i);
+      float sum[S::kWidth];
+#pragma unroll
+      for (int j = 0; j < S::kWidth; ++j) sum[j] = x[j];
+      if (has_next) {
+        const auto& y = next_row.at(k, i);
+#pragma unroll
+        for (int j = 0; j < S::kWidth; ++j) sum[j] += next_gate * y[j];
+      }
+      if (has_previous && i < channels) {
+#pragma unroll
+        for (int j = 0; j < S::kWidth; ++j) sum[j] += i + j < channels ? dlogit * weight[i + j] : 0.0f;
+      }
+      store_packed<S::kWidth>(de + row * c + i, [&](int j) { return sum[j]; });
+    });
+    next_row = d_row;
   }
-  dgate = row_sum<S>(dgate);
-  const float dlogit = dgate * l * s * (1.0f - s);
-  const float next_gate = has_next ? l * sigmoid_in[row + 1] : 0.0f;
-  for_each_pack<S>(width, [&](int k, int i) {
-    const auto& x = d_row.at(k, i);
-    float sum[S::kWidth];
-#pragma unroll
-    for (int j = 0; j < S::kWidth; ++j) sum[j] = x[j];
-    if (has_next) {
-      const auto& y = next_row.at(k, i);
-#pragma unroll
-      for (int j = 0; j < S::kWidth; ++j) sum[j] += next_gate * y[j];
-    }
-    if (has_previous && i < channels) {
-#pragma unroll
-      for (int j = 0; j < S::kWidth; ++j) sum[j] += i + j < channels ? dlogit * weight[i + j] : 0.0f;
-    }
-    store_packed<S::kWidth>(de + row * c + i, [&](int j) { return sum[j]; });
-  });
-  if (leads_row<S>()) {
-    dlogits[local] = dlogit;
-    dlambdas[local] = dgate * s;
-  }
-  __syncthreads();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * S::kRowsPerBlock;
-  for (int j = threadIdx.x; j <= channels; j += kBlock) {
+  S::kThreads == kWarp ? __syncwarp() : __syncthreads();
+  float* const to = partials + chunk * (channels + 1);
+  for (int j = static_cast<int>(threadIdx.x) % S::kThreads; j < channels; j += S::kThreads) {
     float sum = 0;
-    for (int i = 0; i < S::kRowsPerBlock && first + i < n; ++i) {
-      if ((first + i) % t_len == 0) continue;  // nothing is smeared into the first row
-      sum += j == channels ? dlambdas[i] : dlogits[i] * to_float(e[(first + i) * c + j]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (follows(first + r)) sum += dlogits[r] * to_float(e[(first + r) * c + j]);
     }
-    partials[static_cast<int64_t>(blockIdx.x) * (channels + 1) + j] = sum;
+    to[j] = sum;
   }
+  if (leads_row<S>()) to[channels] = dlambda;
 }
 
 }  // namespace
@@ -117,12 +125,12 @@ void CudaBackend::smear_backward(const Tensor& dout, const Tensor& e, const Tens
     using T = typename decltype(tag)::type;
     for_row_shape<kVector<T>>(c, aligned16({dout.data(), e.data(), de.data()}), [&](auto shape) {
       using S = decltype(shape);
-      const Tensor partials = empty({block_count(n, S::kRowsPerBlock), channels + 1}, DType::f32);
-      launch_rows<S>(context_, "smear_backward", work, n, smear_backward_kernel<T, S>, dout.as<T>(),
+      const int64_t chunks = block_count(n, kRows);
+      const Tensor partials = empty({chunks, channels + 1}, DType::f32);
+      launch_rows<S>(context_, "smear_backward", work, chunks, smear_backward_kernel<T, S>, dout.as<T>(),
                      e.as<T>(), weight.as<float>(), lambda.as<float>(), sigmoid.as<float>(), n, t_len, c,
                      channels, de.as<T>(), partials.as<float>());
-      add_partials(context_, partials, 0, channels, 1, dweight.as<float>());
-      add_partials(context_, partials, channels, 1, 1, dlambda.as<float>());
+      add_partials(context_, partials, {dweight.as<float>(), channels}, {dlambda.as<float>(), 1});
     });
   });
 }

@@ -13,8 +13,15 @@ __global__ void __launch_bounds__(kBlock) positions_kernel(int64_t n, int32_t* p
   if (i < n) positions[i] = static_cast<int32_t>(i);
 }
 
-// The first index in [begin, n) whose id is above `id`.
+// The first index in [begin, n) whose id is above `id`, in steps that double: most runs are short.
 __device__ int64_t upper_bound(const int32_t* ids, int64_t begin, int64_t n, int32_t id) {
+  for (int64_t step = kTile; begin + step < n; step *= 2) {
+    if (ids[begin + step] > id) {
+      n = begin + step;
+    } else {
+      begin += step + 1;
+    }
+  }
   while (begin < n) {
     const int64_t middle = (begin + n) / 2;
     if (ids[middle] > id) {
