@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "backend/profile.h"
@@ -117,7 +118,11 @@ int cmd_profile(const Words& words) {
   check(split != words.end() && split + 1 != words.end(),
         "flexchat profile: of what? Name the command after '--', as in: flexchat profile -- bench train "
         "--device cuda");
-  const Words command(split + 1, words.end());
+  Words command(split + 1, words.end());
+  // As every other profiler is called: the program's own name goes first.
+  if (command.size() > 1 && std::filesystem::path(command[0]).filename() == "flexchat") {
+    command.erase(command.begin());
+  }
   check(command[0] != "profile", "flexchat profile: a profile of a profile is none");
   set_profiling(true);
   int code = 0;

@@ -18,7 +18,7 @@ TEST(Profile, RefusesWhatItCannotMeasure) {
   const Finished nothing = run_program({"profile"});
   EXPECT_EQ(nothing.code, 2);
   EXPECT_NE(nothing.out.find("Name the command after '--'"), std::string::npos) << nothing.out;
-  const Finished nested = run_program({"profile", "--", "profile", "--", "info"});
+  const Finished nested = run_program({"profile", "--", "./flexchat", "profile", "--", "info"});
   EXPECT_EQ(nested.code, 2);
   EXPECT_NE(nested.out.find("a profile of a profile"), std::string::npos) << nested.out;
   const Finished unknown = run_program({"profile", "--", "benhc"});
