@@ -53,7 +53,9 @@ struct VerifyAttention {
         .group("Your own mod")
         .not_recorded();
     o.add("--random", &random, "random cases on top").at_least(0).group("Random cases");
-    o.add("--seed", &seed, "of the first random case").at_least(0).group("Random cases");
+    o.add("--seed", &seed, "of the first random case, and of the tensors of your own mod")
+        .at_least(0)
+        .group("Random cases");
     o.add("--repeats", &repeats, "backwards that must give the same bits").at_least(2);
     o.add("--kernel", &kernel, "attention kernel, or all that can run here");
     compute.declare(o);
@@ -133,6 +135,7 @@ int verify_attention_command(const Words& words) {
 
   std::vector<AttentionCase> cases;
   if (own) cases = c.own_cases();
+  for (AttentionCase& one : cases) one.seed = static_cast<uint64_t>(c.seed);
   if (c.suite || !own) {
     const std::vector<AttentionCase> suite = attention_suite();
     cases.insert(cases.end(), suite.begin(), suite.end());
