@@ -93,8 +93,9 @@ Primitive build(const Key& key) {
   return p;
 }
 
-// Primitives are compiled once a shape; the cache is bounded because decoding meets many lengths.
-const Primitive& cached(const Key& key) {
+// Primitives are compiled once a shape; the cache is bounded because decoding meets many lengths. A copy
+// shares what it has with the cache, and outlives its place there.
+Primitive cached(const Key& key) {
   static std::map<Key, Primitive> cache;
   static std::mutex mutex;
   std::lock_guard lock(mutex);
@@ -136,7 +137,7 @@ bool bf16_matmul_supported() {
 bool bf16_matmul(Trans trans_a, Trans trans_b, int64_t m, int64_t n, int64_t k, const void* a, const void* b,
                  bool accumulate, void* out, DType out_dtype) {
   if (!bf16_matmul_supported()) return false;
-  const Primitive& p = cached({trans_a == Trans::yes, trans_b == Trans::yes, m, n, k, accumulate, out_dtype});
+  const Primitive p = cached({trans_a == Trans::yes, trans_b == Trans::yes, m, n, k, accumulate, out_dtype});
   thread_local dnnl::stream stream(engine());
   p.primitive.execute(stream, {{DNNL_ARG_SRC, {p.a, engine(), const_cast<void*>(a)}},
                                {DNNL_ARG_WEIGHTS, {p.b, engine(), const_cast<void*>(b)}},
