@@ -16,11 +16,11 @@ LOSS = [(16384, 1280, 32768), (16384, 1280, 65536), (8192, 2048, 65536)]
 TRAIN = [(20, 8, 1024), (20, 32, 2048), (32, 8, 2048)]
 
 
-def ours(program, *words):
+def ours(program, *words, **variables):
     command = [program, *words, "--json"]
-    print("$", " ".join(command), flush=True)
+    print("$", *(f"{name}={value}" for name, value in variables.items()), " ".join(command), flush=True)
     with tempfile.TemporaryDirectory() as runs:
-        done = subprocess.run([*command, "--runs", runs], capture_output=True, text=True)
+        done = subprocess.run([*command, "--runs", runs], capture_output=True, text=True, env={**os.environ, **variables})
     if done.returncode != 0:
         print(done.stderr.strip()[-2000:], flush=True)
         return None
@@ -56,13 +56,18 @@ def attention(result, program, script):
     mods = ["sdpa", "flex", "synaptic"]
     mine = ours(program, "bench", "attention", "--device", "cuda", "--dtype", "bf16", "--mods", *mods, "--shapes",
                 *ATTENTION.values())
-    result.raw["attention"] = {"torch": torch, "flexchat": mine}
+    # PyTorch takes the backward of cuDNN that is not deterministic.
+    vendor = ours(program, "bench", "attention", "--device", "cuda", "--dtype", "bf16", "--mods", "sdpa", "--kernel", "cudnn",
+                  "--shapes", *ATTENTION.values(), FLEXCHAT_CUDNN_DETERMINISTIC="0")
+    result.raw["attention"] = {"torch": torch, "flexchat": mine, "flexchat_cudnn": vendor}
     rows = {(r["shape"], r["mod"]): r for r in (mine or {"rows": []})["rows"]}
+    rows |= {(r["shape"], "cudnn"): r for r in (vendor or {"rows": []})["rows"]}
     for name, shape in ATTENTION.items():
         for way, key in [("fwd", "forward_tflops"), ("bwd", "backward_tflops")]:
             get = lambda mod: rows.get((shape, mod), {}).get(key)
             for peer in ["fa2", "cudnn"]:
                 result.add(f"attention {way} {name} sdpa", get("sdpa"), "TFLOP/s", peer, torch.get(f"attn_{way}_{name}_{peer}_TFLOPs"))
+            result.add(f"attention {way} {name} sdpa:cudnn", get("cudnn"), "TFLOP/s", "cudnn", torch.get(f"attn_{way}_{name}_cudnn_TFLOPs"))
             result.add(f"attention {way} {name} flex", get("flex"), "TFLOP/s", "flexchat sdpa", get("sdpa"))
             result.add(f"attention {way} {name} flex", get("flex"), "TFLOP/s", "torch flex", torch.get(f"attn_{way}_{name}_flex_TFLOPs"))
             result.add(f"attention {way} {name} synaptic", get("synaptic"), "TFLOP/s", "torch flex", torch.get(f"attn_{way}_{name}_flex_synaptic_TFLOPs"))
@@ -88,15 +93,16 @@ def train(result, program, script):
     torch = peers(script, "train")
     result.raw["train"] = {"torch": torch}
     for depth, batch, tokens in TRAIN:
-        mine = ours(program, "bench", "train", "--device", "cuda", "--dtype", "bf16", "--depth", str(depth), "--sweep",
-                    f"b={batch} t={tokens}")
-        result.raw["train"][f"d{depth} b{batch} t{tokens}"] = mine
-        row = (mine or {}).get("rows", [{}])[0]
         other = torch.get(f"train_d{depth}_b{batch}_t{tokens}_v65536_compile", {})
-        name = f"train d{depth} B{batch} T{tokens}"
-        result.add(name, row.get("tok_s"), "tok/s", "torch compile", other.get("tok_s"))
-        result.add(name + " peak", row.get("peak_gb"), "GB", "torch compile", other.get("peak_GB", 0) * 2**30 / 1e9 or None, False)
-        result.add(name + " first step", row.get("first_step_s"), "s", "torch compile", other.get("first_4_steps_s"), False)
+        for path in ["sdpa", "cudnn"]:
+            mine = ours(program, "bench", "train", "--device", "cuda", "--dtype", "bf16", "--depth", str(depth), "--sweep",
+                        f"b={batch} t={tokens}", "--attention", path)
+            result.raw["train"][f"d{depth} b{batch} t{tokens} {path}"] = mine
+            row = (mine or {}).get("rows", [{}])[0]
+            name = f"train d{depth} B{batch} T{tokens} {path}"
+            result.add(name, row.get("tok_s"), "tok/s", "torch compile", other.get("tok_s"))
+            result.add(name + " peak", row.get("peak_gb"), "GB", "torch compile", other.get("peak_GB", 0) * 2**30 / 1e9 or None, False)
+            result.add(name + " first step", row.get("first_step_s"), "s", "torch compile", other.get("first_4_steps_s"), False)
 
 
 def main():

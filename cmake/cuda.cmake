@@ -62,7 +62,7 @@ endif()
 # Where cuBLASLt and what is opened at run time lie. The relative entries let a tree be moved.
 cmake_path(GET cuda_blas_library PARENT_PATH cuda_lib_folder)
 set(cuda_run_path "${cuda_lib_folder}" "${cuda_root}/extras/CUPTI/lib64")
-foreach(folder cu13/lib cudnn/lib nccl/lib)
+foreach(folder cu13/lib cudnn/lib cudnn_jit/lib nccl/lib)
   list(APPEND cuda_run_path "$ORIGIN/../../.deps/python/nvidia/${folder}" "${cuda_wheels}/${folder}")
 endforeach()
 list(APPEND cuda_run_path /usr/local/cuda/lib64)
@@ -127,15 +127,27 @@ string(REPLACE ";" " " cuda_arch_words "${FLEXCHAT_CUDA_ARCHS}")
 set_source_files_properties(src/backend/cuda/entry.cc PROPERTIES
   COMPILE_DEFINITIONS "FLEXCHAT_CUDA_ARCHS=\"${cuda_arch_words}\"")
 
-# The attention baseline of cuDNN needs headers of cuDNN and of its frontend; without them it is left out.
+# The attention of cuDNN, a baseline, needs headers of cuDNN and of its frontend; without them it is left out.
 find_path(CUDNN_FRONTEND_INCLUDE cudnn_frontend.h HINTS "${FLEXCHAT_PYTHON_DEPS}/include" "${cuda_root}/include")
-find_path(CUDNN_INCLUDE cudnn.h HINTS "${cuda_wheels}/cudnn/include" "${cuda_root}/include" /usr/local/cuda/include)
+find_path(CUDNN_INCLUDE cudnn_graph.h HINTS "${cuda_wheels}/cudnn_jit/include" "${cuda_wheels}/cudnn/include"
+  "${cuda_root}/include")
 if(CUDNN_FRONTEND_INCLUDE AND CUDNN_INCLUDE)
-  message(STATUS "cuDNN: frontend in ${CUDNN_FRONTEND_INCLUDE}, cudnn.h in ${CUDNN_INCLUDE}")
-  target_include_directories(flexchat_cuda SYSTEM PRIVATE ${CUDNN_FRONTEND_INCLUDE} ${CUDNN_INCLUDE})
-  target_compile_definitions(flexchat_cuda PRIVATE FLEXCHAT_CUDNN)
+  file(READ "${CUDNN_INCLUDE}/cudnn_version.h" cudnn_text)
+  set(cudnn_version 0)
+  foreach(part MAJOR MINOR PATCHLEVEL)
+    string(REGEX MATCH "define CUDNN_${part} +([0-9]+)" cudnn_text_found "${cudnn_text}")
+    math(EXPR cudnn_version "${cudnn_version} * 100 + ${CMAKE_MATCH_1}") # 91900 is 9.19.0
+  endforeach()
+  message(STATUS "cuDNN: headers of ${cudnn_version} in ${CUDNN_INCLUDE}, of its frontend in ${CUDNN_FRONTEND_INCLUDE}")
+  # Before the toolkit's folder, which may have another cudnn.h.
+  target_include_directories(flexchat_cuda SYSTEM BEFORE PRIVATE ${CUDNN_INCLUDE} ${CUDNN_FRONTEND_INCLUDE})
+  set_property(SOURCE src/backend/cudnn_library.cc src/backend/cuda/cudnn_attention.cc src/backend/cuda/cudnn_entry.cc
+    APPEND PROPERTY COMPILE_DEFINITIONS FLEXCHAT_CUDNN=${cudnn_version} CUDNN_FRONTEND_SKIP_JSON_LIB)
+  # Headers alone, of which little runs: optimized further they take twice as long to compile.
+  set_property(SOURCE src/backend/cuda/cudnn_attention.cc APPEND PROPERTY COMPILE_OPTIONS -O1)
 else()
-  message(STATUS "cuDNN: its headers or its frontend's were not found; built without that attention")
+  message(STATUS "cuDNN: its headers or its frontend's were not found; built without its attention (scripts/setup.sh "
+    "--cuda installs both)")
 endif()
 
 # flexchat_lib is not linked: the program that loads the library has it (see flexchat_link).

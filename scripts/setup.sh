@@ -5,7 +5,7 @@
 #   scripts/setup.sh                everything
 #   scripts/setup.sh --build-only   what the program on the CPU needs: neither CUDA nor what only scripts/test.sh
 #                                   needs
-#   scripts/setup.sh --cuda         the same and the CUDA toolchain: 640 MB to download, 1.2 GB on disk
+#   scripts/setup.sh --cuda         the same and the CUDA toolchain: 650 MB to download, 1.2 GB on disk
 #
 # Distribution packages come from apt. What neither distribution has is taken out of PyPI wheels, which go into
 # .deps/python inside the repository: Arrow C++ (for .parquet files) out of pyarrow, and CUDA. No Python code of
@@ -44,7 +44,8 @@ nvidia-cublas==13.1.0.3     | toolkit | cuBLASLt: matrix products on the GPU (42
 nvidia-cuda-nvrtc==13.0.88  | toolkit | NVRTC: compiles attention masks and scores at run time (90, 228 MB)
 nvidia-cuda-cupti==13.0.85  | toolkit | CUPTI: kernel times for profiles (11, 45 MB)
 nvidia-nvtx==13.0.85        | toolkit | NVTX: names ranges for NVIDIA's profilers (0.1, 1 MB)
-nvidia-cudnn-frontend==1.32.0 | cuda  | headers for the attention of cuDNN, a baseline (12, 49 MB)
+nvidia-cudnn-frontend==1.18.0    | cuda | C++ headers for cuDNN's graphs (2, 9 MB)
+nvidia-cudnn-jit-cu13==9.19.0.56 | cuda | cuDNN without its convolutions: its attention is a baseline (17, 34 MB)
 "
 
 declare -A wanted=([build]=1 [cuda]=1 [toolkit]=1 [test]=1)
@@ -107,7 +108,7 @@ has_toolkit() {
 }
 
 missing=() missing_wheels=() table_wheels=()
-printf '%-29s %-8s %s\n' package state why
+printf '%-33s %-8s %s\n' package state why
 while IFS='|' read -r package when why; do
   read -r package <<<"$package"
   read -r when <<<"$when"
@@ -135,7 +136,7 @@ while IFS='|' read -r package when why; do
       state=skipped
     fi
   fi
-  printf '%-29s %-8s %s\n' "$package" "$state" "$why"
+  printf '%-33s %-8s %s\n' "$package" "$state" "$why"
 done <<<"$PACKAGES"
 
 # ---- distribution packages ------------------------------------------------------------------------------

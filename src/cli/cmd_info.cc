@@ -63,6 +63,7 @@ Json info_json() {
   }
   const RuntimeCompiler compiler = runtime_compiler();
   info["runtime_compiler"] = Json{{"available", compiler.available}, {"how", compiler.how}};
+  info["cudnn"] = cudnn_line();
   return info;
 }
 
@@ -76,7 +77,7 @@ void print_attention() {
     for (const Feature& f : kFeatures) cells.emplace_back(s.*f.has ? "yes" : "no");
     table.row(cells);
   }
-  fmt::print("\n{}\nGPU kernels: {}\n", table.text(), runtime_compiler().how);
+  fmt::print("\n{}\nGPU kernels: {}\ncuDNN: {}\n", table.text(), runtime_compiler().how, cudnn_line());
 }
 
 std::string memory_line() {

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/attention_support.h"
 #include "backend/device_options.h"
 #include "base/error.h"
 #include "base/options.h"
@@ -11,6 +12,7 @@
 #include "cli/command.h"
 #include "flex/parse.h"
 #include "flex/tensor_text.h"
+#include "report/devices.h"
 #include "report/environment.h"
 #include "report/run_folder.h"
 #include "verify/attention_suite.h"
@@ -62,6 +64,21 @@ struct VerifyAttention {
     o.add("--run-id", &run_id, "name of the run folder (default: time and a random word)");
     o.add("--runs", &runs, "folder that holds run folders").not_recorded();
     o.add("--json", &json, "print the summary as JSON instead of the table").not_recorded();
+  }
+
+  // The one that was named, or all that can run here.
+  std::vector<std::string> kernels_on(Backend& backend, DType dtype) const {
+    if (kernel != "all") {
+      const AttentionShape one{
+          .batch = 1, .q_len = 1, .kv_len = 1, .n_head = 1, .n_kv_head = 1, .head_dim = 64};
+      return {std::string(backend.plan_attention(one, {}, kernel)->kernel())};
+    }
+    std::vector<std::string> kernels;
+    for (std::string& name : backend.attention_kernels()) {
+      const AttentionSupport& can = attention_support(name);
+      if (can.takes(dtype) && runs_here(can)) kernels.push_back(std::move(name));
+    }
+    return kernels;
   }
 
   std::vector<AttentionCase> own_cases() const {
@@ -130,12 +147,12 @@ int verify_attention_command(const Words& words) {
   const bool own = c.mask || c.score_mod;
   const auto backend = c.compute.open();
   const DType dtype = c.compute.compute_dtype();
-  std::vector<std::string> kernels = {c.kernel};
-  if (c.kernel == "all") kernels = backend->attention_kernels();
+  const std::vector<std::string> kernels = c.kernels_on(*backend, dtype);
 
   std::vector<AttentionCase> cases;
   if (own) cases = c.own_cases();
   for (AttentionCase& one : cases) one.seed = static_cast<uint64_t>(c.seed);
+  if (own && c.kernel != "all") check_attention_support(kernels[0], cases[0].shape, cases[0].spec);
   if (c.suite || !own) {
     const std::vector<AttentionCase> suite = attention_suite();
     cases.insert(cases.end(), suite.begin(), suite.end());
@@ -151,17 +168,25 @@ int verify_attention_command(const Words& words) {
   std::vector<Check> checks;
   Progress progress("verify", static_cast<int64_t>(cases.size() * kernels.size()), "cases");
   int64_t done = 0;
+  Json beyond = Json::object();  // cases that a kernel does not do, by its name
   for (const std::string& kernel : kernels) {
+    const AttentionSupport& can = attention_support(kernel);
+    beyond[kernel] = 0;
     for (const AttentionCase& one : cases) {
+      progress.update(++done);
+      if (!does_case(can, one)) {
+        beyond[kernel] = beyond[kernel].get<int64_t>() + 1;
+        continue;
+      }
       for (Check k : check_attention(one, *backend, dtype, kernel)) {
         if (kernels.size() > 1) k.name = kernel + ": " + k.name;
         checks.push_back(std::move(k));
       }
-      progress.update(++done);
     }
     if (own && !c.suite) continue;
-    checks.push_back(check_pages_bit_for_bit(*backend, dtype, kernel));
-    checks.push_back(check_backward_repeats(*backend, dtype, kernel, static_cast<int>(c.repeats)));
+    if (can.pages) checks.push_back(check_pages_bit_for_bit(*backend, dtype, kernel));
+    if (can.deterministic)
+      checks.push_back(check_backward_repeats(*backend, dtype, kernel, static_cast<int>(c.repeats)));
   }
   if (c.suite || !own) {
     for (Check k : check_models(*backend, dtype)) checks.push_back(std::move(k));
@@ -177,6 +202,7 @@ int verify_attention_command(const Words& words) {
                   {"device", backend->name()},
                   {"kernels", kernels},
                   {"cases", cases.size()},
+                  {"cases_beyond_the_kernel", beyond},
                   {"checks_run", checks.size()},
                   {"checks_failed", failed},
                   {"options", options.to_json()},
@@ -187,6 +213,9 @@ int verify_attention_command(const Words& words) {
     fmt::print("{}\n", summary.dump(2));
   } else {
     print_result(checks, own);
+    for (const auto& [kernel, count] : beyond.items()) {
+      if (count > 0) fmt::print("{} does not do {} of the cases (flexchat info)\n", kernel, count.dump());
+    }
     fmt::print("{} checks of {} cases, {} failed; run folder {}\n", checks.size(), cases.size(), failed,
                run.path().string());
   }

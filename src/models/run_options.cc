@@ -29,7 +29,7 @@ std::string of_plans(const Gpt& model, const Say& say) {
 void AttentionOptions::declare(Options& o, const char* group) {
   in_group(o.add("--attention", &attention,
                  "sdpa (built-in causal mask), flex (the same mask as an expression), a kernel (auto, cpu, "
-                 "cuda_mma, reference), or both as in flex:cpu"),
+                 "cuda_mma, cudnn, reference), or both as in flex:cpu"),
            group);
 }
 

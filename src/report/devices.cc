@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "backend/cuda_loader.h"
+#include "backend/cudnn_library.h"
 #include "backend/nvrtc.h"
 #include "report/environment.h"
 
@@ -61,7 +62,15 @@ std::vector<KernelRow> kernel_table() {
   return rows;
 }
 
-bool runs_here(const AttentionSupport& support) { return support.device != "cuda" || cuda_available(); }
+bool runs_here(const AttentionSupport& support) {
+  if (support.device != "cuda") return true;
+  return cuda_available() && (support.kernel != "cudnn" || cudnn_library().handle != nullptr);
+}
+
+std::string cudnn_line() {
+  const CudnnLibrary& library = cudnn_library();
+  return library.handle != nullptr ? fmt::format("{}, {}", library.version, library.path) : library.why;
+}
 
 RuntimeCompiler runtime_compiler() {
   try {

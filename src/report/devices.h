@@ -19,8 +19,11 @@ struct KernelRow {
 };
 std::vector<KernelRow> kernel_table();
 
-// Does the device of an attention kernel (backend/attention_support.h) exist here?
+// Are the device of an attention kernel (backend/attention_support.h) and the library it stands on here?
 bool runs_here(const AttentionSupport& support);
+
+// Version and path of cuDNN, or what is missing.
+std::string cudnn_line();
 
 // Which masks and score mods GPU kernels can be made for: "any expression (NVRTC 13.0, its path)", or only
 // those compiled ahead of time and why.

@@ -232,6 +232,11 @@ std::vector<AttentionCase> attention_suite() {
   return std::move(suite.cases);
 }
 
+bool does_case(const AttentionSupport& kernel, const AttentionCase& c) {
+  return attention_refusal(kernel.kernel, c.shape, c.spec).empty() &&
+         (!c.lse_gradient || kernel.lse_gradient);
+}
+
 // ---- a user's mods --------------------------------------------------------------------------------------
 
 std::vector<AttentionCase> attention_cases_of(const AttentionSpec& spec, const AttentionShape& shape) {
@@ -410,7 +415,8 @@ Check check_pages_bit_for_bit(Backend& backend, DType dtype, const std::string& 
 Check check_backward_repeats(Backend& backend, DType dtype, const std::string& kernel, int repeats) {
   AttentionCase c;
   c.shape = shape_of(2, 4, 2, 200, 200, 64);
-  c.spec = synaptic(c.shape, /*differentiable=*/true);
+  const bool mods = kernel == "auto" || attention_support(kernel).score_mod;
+  c.spec = mods ? synaptic(c.shape, /*differentiable=*/true) : causal_spec(c.shape);
   c.seed = 78;
   const AttentionResults first = run_attention(c, backend, dtype, kernel);
   int64_t differences = 0;

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/attention_support.h"
 #include "backend/backend.h"
 #include "verify/attention_case.h"
 #include "verify/check.h"
@@ -14,6 +15,9 @@ namespace flexchat {
 // The matrix: causal, KV decode, KV chunk, MHA, GQA, MQA, padding, bidirectional, dropout, window, documents,
 // pages, head dims, LSE gradient, score mods with gradients of captured tensors, rows that see nothing.
 std::vector<AttentionCase> attention_suite();
+
+// Can the kernel do the case?
+bool does_case(const AttentionSupport& kernel, const AttentionCase& c);
 
 // A random case: sizes, ratios, lengths, offsets, mask, score mod, dropout, pages. The same seed gives the
 // same case.

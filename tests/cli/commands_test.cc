@@ -8,6 +8,7 @@
 #include "backend/cuda_loader.h"
 #include "base/file.h"
 #include "base/options.h"
+#include "report/devices.h"
 #include "support/temp_folder.h"
 #include "testing/process.h"
 
@@ -86,12 +87,14 @@ TEST(Info, PrintsTheMatrixOfAttentionKernels) {
     EXPECT_EQ(row.at("head_dims"), s.head_dims_text());
     EXPECT_EQ(row.at("backward"), s.backward);
     EXPECT_EQ(row.at("splits_keys"), s.splits_keys);
-    EXPECT_EQ(row.at("runs"), s.device != "cuda" || cuda_available());
+    EXPECT_EQ(row.at("runs"), runs_here(s));
   }
   EXPECT_FALSE(info.at("runtime_compiler").at("how").get<std::string>().empty());
+  EXPECT_FALSE(info.at("cudnn").get<std::string>().empty());
   const Finished text = run_program({"info"});
   EXPECT_EQ(text.code, 0);
-  for (const char* word : {"cuda_mma", "16, 32, 64, 80, 96, 128, 192, 256", "split KV", "GPU kernels: "}) {
+  for (const char* word :
+       {"cuda_mma", "16, 32, 64, 80, 96, 128, 192, 256", "split KV", "GPU kernels: ", "cuDNN: "}) {
     EXPECT_NE(text.out.find(word), std::string::npos) << word << "\n" << text.out;
   }
 }

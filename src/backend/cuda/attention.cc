@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "backend/cuda/cuda_backend.h"
+#include "backend/cuda/cudnn_attention.h"
 #include "backend/cuda/kernels/tiles.cuh"
 #include "base/error.h"
 
@@ -89,17 +90,6 @@ class Views {
   std::vector<Pending> pending_;
 };
 
-Work work(const CudaAttentionPlan& plan, DType dtype, double products, double tensors) {
-  const AttentionShape& s = plan.shape();
-  const auto b = static_cast<double>(s.batch), h = static_cast<double>(s.n_head),
-             g = static_cast<double>(s.n_kv_head), d = static_cast<double>(s.head_dim),
-             q = static_cast<double>(s.q_len), kv = static_cast<double>(s.kv_len);
-  double seen = q * kv;
-  if (plan.spec().causal && q == kv) seen /= 2;
-  return {tensors * b * d * (q * h + kv * g) * static_cast<double>(dtype_size(dtype)),
-          products * 2 * b * h * d * seen};
-}
-
 void set_tensors(const CudaAttentionPlan& plan, const AttentionTensors& x, Views& views, AttentionParams& p) {
   const AttentionShape& s = plan.shape();
   p.q = views.read(x.q, s.q_len, s.n_head);
@@ -145,7 +135,7 @@ void run_decode(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtype
   }
   Context& context = backend.context();
   launch(context, plan.kernel(context, "decode", dtype, p.block_table != nullptr, "attention_decode"),
-         work(plan, dtype, 2, 2), dim3(blocks(pieces * p.n_split)),
+         attention_work(plan, dtype, 2, 2), dim3(blocks(pieces * p.n_split)),
          dim3(static_cast<unsigned>(tile.warps * 32)), static_cast<size_t>(decode_shared_bytes(type, d)), p);
   if (p.n_split > 1) {
     const double bytes = static_cast<double>(out.bytes() + lse.bytes());
@@ -162,7 +152,8 @@ void run_forward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtyp
   p.blocks = plan.blocks(tile.block_q(), tile.block_kv, false);
   Context& context = backend.context();
   launch(context, plan.kernel(context, "forward", dtype, p.block_table != nullptr, "attention_forward"),
-         work(plan, dtype, 2, 2), dim3(blocks(s.q_len, tile.block_q()) * blocks(s.batch * s.n_head)),
+         attention_work(plan, dtype, 2, 2),
+         dim3(blocks(s.q_len, tile.block_q()) * blocks(s.batch * s.n_head)),
          dim3(static_cast<unsigned>(tile.threads())), static_cast<size_t>(forward_shared_bytes(type, d)), p);
 }
 
@@ -213,9 +204,9 @@ void run_backward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dty
   const dim3 threads(static_cast<unsigned>(tile.threads()));
   const int element = static_cast<int>(dtype_size(dtype)),
             n_grads = static_cast<int>(plan.mod().gradients.size());
-  launch(context, kernel("attention_backward_prepare"), work(plan, dtype, 0, 1),
+  launch(context, kernel("attention_backward_prepare"), attention_work(plan, dtype, 0, 1),
          dim3(std::max(blocks(bh * q_tiles * tile.block_q, 8), 1u)), dim3(256), 0, p);
-  launch(context, kernel("attention_backward"), work(plan, dtype, 5, 4),
+  launch(context, kernel("attention_backward"), attention_work(plan, dtype, 5, 4),
          dim3(blocks(kv_tiles * s.batch * s.n_kv_head)), threads,
          static_cast<size_t>(backward_shared_bytes(type, d, n_grads, context.device().major >= 9)), p);
   launch(context, kernel("attention_backward_finish"), {static_cast<double>(dq_sum.bytes()), 0},
@@ -228,7 +219,20 @@ void run_backward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dty
 
 }  // namespace
 
+Work attention_work(const AttentionPlan& plan, DType dtype, double products, double tensors) {
+  const AttentionShape& s = plan.shape();
+  const auto b = static_cast<double>(s.batch), h = static_cast<double>(s.n_head),
+             g = static_cast<double>(s.n_kv_head), d = static_cast<double>(s.head_dim),
+             q = static_cast<double>(s.q_len), kv = static_cast<double>(s.kv_len);
+  double seen = q * kv;
+  if (plan.spec().causal && q == kv) seen /= 2;
+  return {tensors * b * d * (q * h + kv * g) * static_cast<double>(dtype_size(dtype)),
+          products * 2 * b * h * d * seen};
+}
+
 void CudaBackend::attention(const AttentionPlan& any_plan, const AttentionTensors& x) {
+  if (const auto* vendor = dynamic_cast<const CudnnAttentionPlan*>(&any_plan))
+    return vendor->forward(*this, x);
   const CudaAttentionPlan& plan = checked_plan(any_plan);
   const AttentionShape& s = plan.shape();
   if (s.batch * s.q_len * s.n_head == 0) return;
@@ -245,6 +249,8 @@ void CudaBackend::attention(const AttentionPlan& any_plan, const AttentionTensor
 
 void CudaBackend::attention_backward(const AttentionPlan& any_plan, const AttentionTensors& x,
                                      const AttentionGradients& grads) {
+  if (const auto* vendor = dynamic_cast<const CudnnAttentionPlan*>(&any_plan))
+    return vendor->backward(*this, x, grads);
   const CudaAttentionPlan& plan = checked_plan(any_plan);
   const AttentionShape& s = plan.shape();
   check(plan.spec().page_size == 0, "attention has no backward through pages");

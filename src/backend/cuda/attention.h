@@ -74,6 +74,10 @@ class CudaAttentionPlan final : public AttentionPlan {
   mutable std::map<std::tuple<std::string, DType, bool>, const JitKernel*> kernels_;  // by entry
 };
 
+// What a pass moves and computes at least: `tensors` of the size of q and out, or k and v, and `products` of
+// queries with keys. The built-in causal mask counts as half the square.
+Work attention_work(const AttentionPlan& plan, DType dtype, double products, double tensors);
+
 // out[i] = sums[2*i] * 2^-20 + sums[2*i + 1] * 2^-56: the fixed-point sums of attention_backward.cuh;
 // NaN where one is beyond 2^60.
 void convert_fixed_point(Context& context, const Tensor& sums, const Tensor& out);

@@ -4,6 +4,7 @@
 #include "backend/attention_support.h"
 #include "backend/cuda/attention.h"
 #include "backend/cuda/cuda_backend.h"
+#include "backend/cuda/cudnn_attention.h"
 #include "backend/cuda/kernels/tiles.cuh"
 #include "base/error.h"
 #include "base/strings.h"
@@ -199,16 +200,17 @@ AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, boo
           static_cast<int>(device.batch_rows), static_cast<int>(device.head_rows)};
 }
 
-std::vector<std::string> CudaBackend::attention_kernels() const { return {"cuda_mma"}; }
+std::vector<std::string> CudaBackend::attention_kernels() const { return {"cuda_mma", "cudnn"}; }
 
 std::shared_ptr<const AttentionPlan> CudaBackend::plan_attention(const AttentionShape& shape,
                                                                  const AttentionSpec& spec,
                                                                  std::string_view kernel) {
-  if (kernel != "auto" && kernel != "cuda_mma") {
+  if (kernel != "auto" && kernel != "cuda_mma" && kernel != "cudnn") {
     fail("the cuda backend has no attention kernel '{}'{}; allowed: auto, {}", kernel,
          did_you_mean(kernel, attention_kernels()), join(attention_kernels()));
   }
   spec.check(shape);
+  if (kernel == "cudnn") return plan_cudnn_attention(*this, shape, spec);
   return std::make_shared<CudaAttentionPlan>(*this, shape, spec);
 }
 
