@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "base/arena.h"
+#include "base/error.h"
 #include "base/tensor.h"
 #include "flex/attention.h"
 
@@ -307,6 +308,31 @@ class Backend {
                          const Tensor& factor,  // (N) master
                          const Tensor& out)     // (N, C) act
       = 0;
+  // A device may have its products hand their sums to softmax before they are written. Temporary bytes that
+  // linear_softmax takes for each row; below 0: neither it nor linear_softmax_gradient is there for these.
+  virtual int64_t linear_softmax_bytes(DType /*act*/, int64_t /*c*/, int64_t /*vocab*/,
+                                       double /*cap*/) const {
+    return -1;
+  }
+  // softmax_panel of the logits x w^T, all columns at once and without argmax.
+  virtual void linear_softmax(const Tensor& /*x*/,        // (N, C) act
+                              const Tensor& /*w*/,        // (V, C) act
+                              const Tensor& /*targets*/,  // (N)
+                              double /*cap*/, const SoftmaxRows& /*rows*/,
+                              const Tensor* /*unscaled*/)  // (N, V) act or null
+  {
+    fail("{} has no linear_softmax", name());
+  }
+  // softmax_gradient of the logits x w^T of a panel, its columns a multiple of 8.
+  virtual void linear_softmax_gradient(const Tensor& /*x*/,        // (N, C) act
+                                       const Tensor& /*w*/,        // (columns, C) act
+                                       const Tensor& /*targets*/,  // (N)
+                                       int64_t /*first*/, double /*cap*/, double /*weight*/,
+                                       const Tensor& /*lse*/,   // (N) master
+                                       const Tensor& /*grad*/)  // (N, columns) act
+  {
+    fail("{} has no linear_softmax_gradient", name());
+  }
 
   // ---- optimizers -----------------------------------------------------------------------------------
   // Rates, and what the gradients' norm decides, are read from `rates` (backend/update_rates.h) on the

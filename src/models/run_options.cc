@@ -87,6 +87,7 @@ Json loss_record(const LossPlan& plan) {
           {"panel_rows", plan.rows},
           {"panel_columns", plan.columns},
           {"one_pass", plan.one_pass},
+          {"fused", plan.fused},
           {"memory_bytes", plan.bytes}};
 }
 

@@ -1,5 +1,5 @@
-// The output head and its loss. All temporary memory is allocated before the first product, so that a loss
-// takes what its plan says and a step that repeats repeats its addresses.
+// The output head and its loss. Temporary memory is allocated before the first product, but for what comes
+// and goes with every chunk, in the same order every time, so that a step that repeats repeats its addresses.
 #include <algorithm>
 #include <atomic>
 
@@ -39,16 +39,15 @@ class Head {
     const LossPlan& plan = result_.plan;
     const DType master = backend_.master_dtype(), act = x_.dtype();
     const int64_t c = x_.dim(1), panel = plan.rows * plan.columns;
-    logits_ = backend_.empty({panel}, master);
+    if (!plan.fused) logits_ = backend_.empty({panel}, master);
     if (plan.one_pass) {
       grad_ = backend_.empty({plan.rows * vocab_}, act);
-      scaled_ = backend_.empty({plan.rows * c}, act);
       factor_ = backend_.empty({plan.rows}, master);
     } else if (gradients_) {
-      grad_ = act == master ? logits_ : backend_.empty({panel}, act);
+      grad_ = act == master && !plan.fused ? logits_ : backend_.empty({panel}, act);
     }
     const bool in_panels = plan.one_pass || plan.backend == LossBackend::cce;
-    if (gradients_ && (plan.one_pass || (plan.backend == LossBackend::cce && act != master))) {
+    if (gradients_ && plan.backend == LossBackend::cce && act != master) {
       dh_master_ = backend_.empty({plan.rows * c}, master);
     }
     if (in_panels || options.lse || options.argmax) make_rows(options);
@@ -116,21 +115,26 @@ class Head {
   // With g the unscaled gradient and f the factor of a row, diag(f) g is the gradient of the logits: the
   // factor goes to the result of one product, diag(f) (g W), and to an operand of the other, g^T (diag(f) x).
   void one_pass(int64_t begin, int64_t count) {
-    const int64_t c = x_.dim(1);
-    const Tensor t = targets_.rows(begin, count), g = matrix(grad_, count, vocab_),
+    const Tensor x = x_.rows(begin, count), t = targets_.rows(begin, count), g = matrix(grad_, count, vocab_),
                  lse = lse_of(begin, count), factor = factor_.rows(0, count);
     const SoftmaxRows rows = rows_of(begin, count);
-    for (int64_t first = 0; first < vocab_; first += result_.plan.columns) {
-      const int64_t columns = std::min(result_.plan.columns, vocab_ - first);
-      backend_.softmax_panel(logits_of(begin, count, first, columns), t, first, cap_, rows, &g);
+    if (result_.plan.fused) {
+      backend_.linear_softmax(x, w_, t, cap_, rows, &g);
+    } else {
+      for (int64_t first = 0; first < vocab_; first += result_.plan.columns) {
+        const int64_t columns = std::min(result_.plan.columns, vocab_ - first);
+        backend_.softmax_panel(logits_of(begin, count, first, columns), t, first, cap_, rows, &g);
+      }
     }
     backend_.softmax_nll(rows, t, lse, result_.nll.rows(begin, count));
     backend_.softmax_factor(rows, lse, t, cap_, weight_, g, factor);
-    const Tensor dh = matrix(dh_master_, count, c), scaled = matrix(scaled_, count, c);
+    // The rows scaled wait in the result, which comes last.
+    const Tensor dh = backend_.empty({count, x_.dim(1)}, backend_.master_dtype()),
+                 out = dh_.rows(begin, count);
+    backend_.row_scale(x, factor, out);
+    backend_.matmul(g, Trans::yes, out, Trans::no, adds(begin), dw_);
     backend_.matmul(g, Trans::no, w_, Trans::no, 0, dh);
-    backend_.row_scale(dh, factor, dh_.rows(begin, count));
-    backend_.row_scale(x_.rows(begin, count), factor, scaled);
-    backend_.matmul(g, Trans::yes, scaled, Trans::no, adds(begin), dw_);
+    backend_.row_scale(dh, factor, out);
   }
 
   // Two passes over the panels; the second goes backwards, so that its first logits are still there.
@@ -138,27 +142,37 @@ class Head {
     const int64_t width = result_.plan.columns, last = (vocab_ - 1) / width * width;
     const Tensor t = targets_.rows(begin, count), lse = lse_of(begin, count);
     const SoftmaxRows rows = rows_of(begin, count);
+    const bool fused = result_.plan.fused;
+    const Tensor x = x_.rows(begin, count);
     Tensor z;
-    for (int64_t first = 0; first <= last; first += width) {
-      z = logits_of(begin, count, first, std::min(width, vocab_ - first));
-      backend_.softmax_panel(z, t, first, cap_, rows, nullptr);
+    if (fused) {
+      backend_.linear_softmax(x, w_, t, cap_, rows, nullptr);
+    } else {
+      for (int64_t first = 0; first <= last; first += width) {
+        z = logits_of(begin, count, first, std::min(width, vocab_ - first));
+        backend_.softmax_panel(z, t, first, cap_, rows, nullptr);
+      }
     }
     backend_.softmax_nll(rows, t, lse, result_.nll.rows(begin, count));
     if (!gradients_) return;
-    const Tensor x = x_.rows(begin, count), out = dh_.rows(begin, count),
+    const Tensor out = dh_.rows(begin, count),
                  dh = dh_master_.defined() ? matrix(dh_master_, count, x_.dim(1)) : out;
     bool any = false;
     for (int64_t first = last; first >= 0; first -= width) {
       const int64_t columns = std::min(width, vocab_ - first);
-      if (first != last) z = logits_of(begin, count, first, columns);
-      const Tensor grad = matrix(grad_, count, columns);
+      const Tensor grad = matrix(grad_, count, columns), w = w_.rows(first, columns);
       ++result_.panels;
-      if (!backend_.softmax_gradient(z, t, first, cap_, weight_, lse, filter, grad)) {
+      if (fused) {
+        backend_.linear_softmax_gradient(x, w, t, first, cap_, weight_, lse, grad);
+      } else if (first != last) {
+        z = logits_of(begin, count, first, columns);
+      }
+      if (!fused && !backend_.softmax_gradient(z, t, first, cap_, weight_, lse, filter, grad)) {
         ++result_.skipped;
         if (adds(begin) == 0) backend_.fill(dw_.rows(first, columns), 0);
         continue;
       }
-      backend_.matmul(grad, Trans::no, w_.rows(first, columns), Trans::no, any ? 1 : 0, dh);
+      backend_.matmul(grad, Trans::no, w, Trans::no, any ? 1 : 0, dh);
       backend_.matmul(grad, Trans::yes, x, Trans::no, adds(begin), dw_.rows(first, columns));
       any = true;
     }
@@ -175,7 +189,7 @@ class Head {
   Tensor dw_, dh_;
   // Temporary: a panel of logits and its gradient (the whole gradient of a chunk in one pass); the gradient
   // of the hidden state; what softmax keeps of rows.
-  Tensor logits_, grad_, dh_master_, scaled_, factor_, lse_;
+  Tensor logits_, grad_, dh_master_, factor_, lse_;
   SoftmaxRows state_;
 };
 

@@ -1,7 +1,8 @@
 // The output head and its loss: how its logits are kept from filling the memory, and what that costs.
 // N = B*T tokens, C = n_embd, V = vocabulary. Three products of 2*N*C*V FLOPs each, four with `cce`.
 //
-//   full     all logits at once, (N, V) master
+//   full     all logits at once, (N, V) master; their gradients alone where the device keeps logits in
+//            registers (below: fused)
 //   chunked  rows in chunks that fit a budget; the gradients of hidden state and head are formed chunk by
 //            chunk in the same pass (as Liger Kernel, Hsu et al. 2024)
 //   cce      no more than a panel of logits, some rows by some columns: a first pass over the panels of a
@@ -47,6 +48,9 @@ struct LossPlan {
   // factor 1/sum of its row, which is applied to the far smaller operands of the products. Logits are then
   // written and read once, in a panel that stays in a GPU's L2.
   bool one_pass = false;
+  // Logits stay in the registers of the product that makes them (Backend::linear_softmax); only gradients of
+  // logits take memory, and columns are theirs.
+  bool fused = false;
   int64_t bytes = 0;  // temporary memory at most, besides the arena's rounding and (N) vectors
 };
 LossPlan plan_loss(Backend& backend, int64_t n, int64_t c, int64_t vocab, DType dtype, bool gradients,

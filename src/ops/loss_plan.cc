@@ -15,8 +15,8 @@ constexpr int64_t kHostLogits = 8 * kMiB, kHostCce = 2 * kMiB, kHostCceRows = 25
 constexpr int64_t kFilterRows = 128, kFilterColumns = 512;  // small enough that whole panels fall below it
 // Devices. Every chunk of rows reads and writes the whole gradient of the head, 8*V*C bytes, so chunks are as
 // large as an eighth of what bf16 logits would take, or half of it where the program chooses for itself. For
-// 16384 x 1280 x 65536 on an H200 an eighth is 12 chunks of 1408 rows and 8.1 GB at 4.2 TB/s: 1.9 ms, behind
-// the 3.8 ms of arithmetic of that product; of 64 MiB it were 40 chunks and 6.4 ms, which nothing hides.
+// 16384 x 1280 x 65536 on an H200 an eighth is 9 chunks of 1920 rows and 6 GB at 4.2 TB/s: 1.4 ms, partly
+// hidden behind the 3.6 ms of arithmetic of that product; of 64 MiB it were 36 chunks and 5.8 ms.
 constexpr int64_t kDeviceLeast = 64 * kMiB, kDeviceMost = 256 * kMiB, kDeviceAutomatic = 1024 * kMiB;
 // A panel of f32 logits in one pass: several tiles of 128 x 256 for each of 132 multiprocessors. One tile
 // each would stay in the L2, but a product of a single wave reaches 500 TFLOP/s and one of four 700, which is
@@ -26,7 +26,11 @@ constexpr int64_t kDevicePanel = 128 * kMiB;
 // tiles for the logits and as many for the head's gradient. Per panel four products of 15 us at best, and two
 // softmax kernels of 4 us, on 260 panels: 18 ms, and 2 to 3 us of ramp for each of six launches more.
 constexpr int64_t kDeviceCce = 31 * kMiB, kDeviceCceRows = 1280;
+// Where softmax needs no logits in memory: 1536 x 5632 is 132 pairs of tiles, two for every two
+// multiprocessors of an H200. Wider panels and fewer rows, or the reverse, measured up to 5% slower there.
+constexpr int64_t kFusedCceRows = 1536, kFusedCceColumns = 5632;
 constexpr int64_t kTile = 128, kTileColumns = 256;  // of products on devices
+constexpr int64_t kFusedColumns = 8;                // linear_softmax_gradient takes multiples
 
 int64_t down_to(int64_t n, int64_t multiple) { return n < multiple ? n : n / multiple * multiple; }
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -35,13 +39,15 @@ std::string bytes_text(int64_t bytes) { return format_bytes(static_cast<double>(
 struct Problem {
   bool host, gradients, one_pass;
   int64_t n, c, vocab, master, act;  // bytes of an element
+  int64_t sums;                      // bytes a row of linear_softmax's sums; below 0: the device has none
   LossOptions options;
 
+  bool fused() const { return sums >= 0; }
   // Gradients of logits share their memory when they have its dtype.
   int64_t logit_bytes() const { return master + (gradients && act != master ? act : 0); }
   int64_t row_bytes() const { return vocab * (one_pass ? act : logit_bytes()); }
-  // The hidden state scaled and its gradient in the master dtype, a row.
-  int64_t hidden_bytes() const { return one_pass ? c * (master + act) : 0; }
+  // A row's gradient of the hidden state in the master dtype, or the sums before.
+  int64_t hidden_bytes() const { return one_pass ? std::max(c * master, sums) : 0; }
 
   int64_t chunk_budget() const {
     if (options.memory_budget > 0) return options.memory_budget;
@@ -58,48 +64,60 @@ struct Problem {
 
 LossPlan plan_full(const Problem& p) {
   const int64_t n = std::max<int64_t>(p.n, 1);
-  return {LossBackend::full, "", n, p.vocab, false, n * p.vocab * p.logit_bytes()};
+  const bool fused = p.one_pass && p.fused();
+  const int64_t row = fused ? p.row_bytes() + p.hidden_bytes() : p.vocab * p.logit_bytes();
+  return {LossBackend::full, "", n, p.vocab, fused, fused, n * row};
 }
 
-// Chunks of about equal size, whole tiles of rows where that costs nothing.
+// Chunks of about equal size, whole tiles of rows where that costs nothing, or halves where one chunk less
+// comes of it.
 int64_t even_rows(const Problem& p, int64_t most) {
   if (most >= p.n) return std::max<int64_t>(p.n, 1);
   if (p.host) return most;
-  most = down_to(most, kTile);
-  const int64_t chunks = (p.n + most - 1) / most;
-  return std::min(most, up_to((p.n + chunks - 1) / chunks, kTile));
+  const auto chunks = [&](int64_t tile) { return up_to(p.n, down_to(most, tile)) / down_to(most, tile); };
+  const int64_t tile = chunks(kTile / 2) < chunks(kTile) ? kTile / 2 : kTile;
+  return std::min(down_to(most, tile), up_to((p.n + chunks(tile) - 1) / chunks(tile), tile));
 }
 
 LossPlan plan_chunked(const Problem& p) {
-  LossPlan plan{LossBackend::chunked, "", 0, p.vocab, p.one_pass, 0};
-  const int64_t budget = p.chunk_budget(), panel = p.one_pass ? std::min(kDevicePanel, budget / 4) : 0;
+  const bool fused = p.one_pass && p.fused(), in_panels = p.one_pass && !fused;
+  LossPlan plan{LossBackend::chunked, "", 0, p.vocab, p.one_pass, fused, 0};
+  const int64_t budget = p.chunk_budget(), panel = in_panels ? std::min(kDevicePanel, budget / 4) : 0;
   const int64_t row = p.row_bytes() + p.hidden_bytes();
   const int64_t most = (budget - panel) / row;
   check(most > 0, "the chunked loss needs {} for one row of {} logits, more than its budget of {}",
         bytes_text(row), p.vocab, bytes_text(budget));
   plan.rows = even_rows(p, most);
-  if (p.one_pass) {
+  if (in_panels) {
     const int64_t columns = panel / (plan.rows * p.master);
     plan.columns = std::clamp<int64_t>(down_to(columns, kTileColumns), 1, p.vocab);
   }
-  plan.bytes = plan.rows * (row + (p.one_pass ? plan.columns * p.master : 0));
+  plan.bytes = plan.rows * (row + (in_panels ? plan.columns * p.master : 0));
   return plan;
 }
 
 LossPlan plan_cce(const Problem& p) {
-  LossPlan plan{LossBackend::cce, "", 0, 0, false, 0};
+  LossPlan plan{LossBackend::cce, "", 0, 0, false, p.fused(), 0};
   const int64_t budget = p.cce_budget();
   // The gradient of the hidden state grows over the panels in the master dtype.
-  const int64_t hidden = p.gradients && p.act != p.master ? p.c * p.master : 0;
-  plan.rows = std::clamp<int64_t>(p.n, 1, p.host ? kHostCceRows : kDeviceCceRows);
+  const int64_t hidden =
+      (p.gradients && p.act != p.master ? p.c * p.master : 0) + std::max<int64_t>(p.sums, 0);
+  const int64_t logit = plan.fused ? (p.gradients ? p.act : 0) : p.logit_bytes();
+  plan.rows = std::clamp<int64_t>(p.n, 1,
+                                  p.host       ? kHostCceRows
+                                  : plan.fused ? kFusedCceRows
+                                               : kDeviceCceRows);
   if (p.options.filter > 0) plan.rows = std::min(plan.rows, kFilterRows);
-  while (plan.rows > 1 && plan.rows * hidden > budget / 3) plan.rows = (plan.rows + 1) / 2;
-  plan.columns = (budget - plan.rows * hidden) / (plan.rows * p.logit_bytes());
+  while (plan.rows > 1 && plan.rows * hidden > budget / (plan.fused ? 2 : 3)) plan.rows = (plan.rows + 1) / 2;
+  plan.columns = logit == 0 ? p.vocab : (budget - plan.rows * hidden) / (plan.rows * logit);
   if (p.options.filter > 0) plan.columns = std::min(plan.columns, kFilterColumns);
-  check(plan.columns > 0, "the cce loss needs {} for one row, more than its budget of {}",
-        bytes_text(hidden + p.logit_bytes()), bytes_text(budget));
   plan.columns = std::min(down_to(plan.columns, kTileColumns), p.vocab);
-  plan.bytes = plan.rows * (hidden + plan.columns * p.logit_bytes());
+  if (plan.fused && p.gradients) {
+    plan.columns = std::min(plan.columns, kFusedCceColumns) / kFusedColumns * kFusedColumns;
+  }
+  check(plan.columns > 0, "the cce loss needs {} for one row, more than its budget of {}",
+        bytes_text(hidden + logit * (plan.fused ? kFusedColumns : 1)), bytes_text(budget));
+  plan.bytes = plan.rows * (hidden + plan.columns * logit);
   return plan;
 }
 
@@ -107,6 +125,11 @@ LossPlan choose(const Problem& p) {
   if (p.options.filter > 0) {
     LossPlan plan = plan_cce(p);
     plan.reason = "a filter was asked for, which only cce has";
+    return plan;
+  }
+  if (p.fused() && !p.gradients) {
+    LossPlan plan = plan_cce(p);
+    plan.reason = "the device takes the softmax of logits as it multiplies";
     return plan;
   }
   const int64_t whole = plan_full(p).bytes, budget = p.chunk_budget();
@@ -171,6 +194,7 @@ LossPlan plan_loss(Backend& backend, int64_t n, int64_t c, int64_t vocab, DType 
                   .vocab = vocab,
                   .master = dtype_size(backend.master_dtype()),
                   .act = dtype_size(dtype),
+                  .sums = options.argmax ? -1 : backend.linear_softmax_bytes(dtype, c, vocab, cap),
                   .options = options};
   LossPlan plan;
   switch (options.backend) {

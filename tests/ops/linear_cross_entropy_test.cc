@@ -165,13 +165,13 @@ std::vector<DType> dtypes_of(Backend& backend) {
 std::vector<LossPlan> plans(const Problem& p, DType dtype) {
   using enum LossBackend;
   std::vector<LossPlan> all = {
-      {full, "", p.n, p.vocab, false, 0},
-      {chunked, "", std::min<int64_t>(p.n, 13), p.vocab, false, 0},
-      {cce, "", std::min<int64_t>(p.n, 11), std::min<int64_t>(p.vocab, 37), false, 0},
-      {cce, "", p.n, std::min<int64_t>(p.vocab, 256), false, 0}};
+      {full, "", p.n, p.vocab, false, false, 0},
+      {chunked, "", std::min<int64_t>(p.n, 13), p.vocab, false, false, 0},
+      {cce, "", std::min<int64_t>(p.n, 11), std::min<int64_t>(p.vocab, 37), false, false, 0},
+      {cce, "", p.n, std::min<int64_t>(p.vocab, 256), false, false, 0}};
   if (p.cap > 0 && p.cap <= kShiftCap && dtype != DType::f16) {  // exp(-2 cap) leaves the range of f16
-    all.push_back({chunked, "", std::min<int64_t>(p.n, 13), std::min<int64_t>(p.vocab, 41), true, 0});
-    all.push_back({chunked, "", p.n, std::min<int64_t>(p.vocab, 256), true, 0});
+    all.push_back({chunked, "", std::min<int64_t>(p.n, 13), std::min<int64_t>(p.vocab, 41), true, false, 0});
+    all.push_back({chunked, "", p.n, std::min<int64_t>(p.vocab, 256), true, false, 0});
   }
   return all;
 }
@@ -204,6 +204,45 @@ TEST(LinearCrossEntropy, EveryWayOnEveryBackend) {
             expect_loss(run(*backend, dtype, p, with_all, &plan, false), expected, dtype, p,
                         where + ", no tape");
           }
+        }
+      }
+    }
+  }
+}
+
+// Plans in which logits stay in registers, where the device can; panels of gradients that are no whole tiles.
+std::vector<LossPlan> fused_plans(Backend& backend, const Problem& p) {
+  using enum LossBackend;
+  if (backend.linear_softmax_bytes(DType::bf16, p.c, p.vocab, p.cap) < 0) return {};
+  return {{full, "", p.n, p.vocab, true, true, 0},
+          {chunked, "", std::min<int64_t>(p.n, 77), p.vocab, true, true, 0},
+          {cce, "", p.n, p.vocab, false, true, 0},
+          {cce, "", std::min<int64_t>(p.n, 130), std::min<int64_t>(p.vocab, 264), false, true, 0}};
+}
+
+// Tiles of rows and columns that are whole or not, one or several, an even number or an odd one.
+TEST(LinearCrossEntropy, FusedOnDevicesThatCan) {
+  for (const auto& [n, c, vocab] : {std::tuple<int64_t, int64_t, int64_t>{1, 8, 8},
+                                    {40, 32, 768},
+                                    {129, 64, 520},
+                                    {257, 72, 256},
+                                    {300, 200, 1032}}) {
+    for (const double cap : {4.0, 15.0, 40.0}) {
+      const Problem p(n, c, vocab, cap);
+      const Loss expected = by_hand(p);
+      for (Backend* backend : backends()) {
+        for (const LossPlan& plan : fused_plans(*backend, p)) {
+          const std::string where = name_of(*backend, DType::bf16, p, plan) + ", fused";
+          const Loss got = run(*backend, DType::bf16, p, {.lse = true}, &plan),
+                     again = run(*backend, DType::bf16, p, {}, &plan);
+          expect_loss(got, expected, DType::bf16, p, where);
+          expect_gradients(got, expected, DType::bf16, p, where);
+          EXPECT_TRUE(same_bits(got.nll, again.nll)) << where;
+          EXPECT_TRUE(same_bits(got.dh, again.dh)) << where;
+          EXPECT_TRUE(same_bits(got.dhead, again.dhead)) << where;
+          if (plan.one_pass) continue;
+          expect_loss(run(*backend, DType::bf16, p, {.lse = true}, &plan, false), expected, DType::bf16, p,
+                      where + ", no tape");
         }
       }
     }

@@ -82,6 +82,11 @@ class CudaBackend final : public Backend {
   bool softmax_gradient(const Tensor& logits, const Tensor& targets, int64_t first, double cap, double weight,
                         const Tensor& lse, double filter, const Tensor& grad) override;
   void row_scale(const Tensor& x, const Tensor& factor, const Tensor& out) override;
+  int64_t linear_softmax_bytes(DType act, int64_t c, int64_t vocab, double cap) const override;
+  void linear_softmax(const Tensor& x, const Tensor& w, const Tensor& targets, double cap,
+                      const SoftmaxRows& rows, const Tensor* unscaled) override;
+  void linear_softmax_gradient(const Tensor& x, const Tensor& w, const Tensor& targets, int64_t first,
+                               double cap, double weight, const Tensor& lse, const Tensor& grad) override;
   std::shared_ptr<const UpdatePlan> plan_update(std::vector<UpdateSlot> slots) override;
   void zero_grads(const UpdatePlan& plan) override;
   void grad_norm(const UpdatePlan& plan, const Tensor& rates) override;
