@@ -85,8 +85,9 @@ def loss(result, program, script):
             for peer in ["compile", "eager"]:
                 other = torch.get(f"loss_{n}x{c}x{v}_{peer}", {})
                 result.add(f"loss {n}x{c}x{v} {backend}", row.get("fwd_bwd_ms"), "ms", f"torch {peer}", other.get("fwd_bwd_ms"), False)
+            mib = torch.get(f"loss_{n}x{c}x{v}_compile", {}).get("peak_MB")  # of 2^20 bytes, despite its name
             result.add(f"loss {n}x{c}x{v} {backend} memory", row.get("extra_mb"), "MB", "torch compile",
-                       torch.get(f"loss_{n}x{c}x{v}_compile", {}).get("peak_MB"), False)
+                       mib and mib * 2**20 / 1e6, False)
 
 
 def train(result, program, script):
