@@ -229,9 +229,11 @@ TEST(LinearCrossEntropy, FusedOnDevicesThatCan) {
                                     {300, 200, 1032}}) {
     for (const double cap : {4.0, 15.0, 40.0}) {
       const Problem p(n, c, vocab, cap);
-      const Loss expected = by_hand(p);
       for (Backend* backend : backends()) {
-        for (const LossPlan& plan : fused_plans(*backend, p)) {
+        const std::vector<LossPlan> all = fused_plans(*backend, p);
+        if (all.empty()) continue;
+        const Loss expected = by_hand(p);
+        for (const LossPlan& plan : all) {
           const std::string where = name_of(*backend, DType::bf16, p, plan) + ", fused";
           const Loss got = run(*backend, DType::bf16, p, {.lse = true}, &plan),
                      again = run(*backend, DType::bf16, p, {}, &plan);
@@ -310,8 +312,11 @@ TEST(LinearCrossEntropy, TargetsOutsideTheVocabulary) {
 }
 
 // A budget bounds what is allocated beside results and gradients.
-TEST(LinearCrossEntropy, TakesTheMemoryItSays) {
-  const Problem p(700, 16, 3001, 15);
+class LossMemory : public testing::TestWithParam<int64_t> {};
+INSTANTIATE_TEST_SUITE_P(, LossMemory, testing::Values(3000, 3001));  // fused where a device can, and not
+
+TEST_P(LossMemory, IsWhatThePlanSays) {
+  const Problem p(700, 16, GetParam(), 15);
   for (Backend* backend : backends()) {
     if (backend->name() == "reference") continue;
     for (const LossBackend way : {LossBackend::chunked, LossBackend::cce}) {
