@@ -15,17 +15,27 @@
 #pragma once
 #include "attention_common.cuh"
 
+#define ATTENTION_WGMMA \
+  (ATTENTION_DTYPE != 0 && (ATTENTION_HEAD_DIM == 64 || ATTENTION_HEAD_DIM == 128))  // wgmma_backward()
+
 namespace flexchat::cuda {
 
 namespace backward {
 
-constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim);
+// Hopper's own instructions are there for head dims for which ATTENTION_WGMMA is set; see
+// attention_backward_wgmma.cuh.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, true);
+#else
+constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, false);
+#endif
 constexpr int kBlockQ = kTile.block_q, kBlockKv = kTile.block_kv(), kThreads = kTile.threads();
+constexpr int kStages = kTile.stages();  // of Q, dO, row statistics
 // Two warps may share their keys: each takes half of the queries for the scores, and half of the columns of
 // dK and dV, and they exchange P and dS through shared memory, so that all in all less is read from there.
 // Not with score mods, whose gradients want registers, nor on GPUs without shared memory for P.
 #if __CUDA_ARCH__ >= 900
-constexpr bool kPaired = !MOD_HAS_SCORE && paired_backward(kDType, kHeadDim);
+constexpr bool kPaired = !kTile.wgmma && !MOD_HAS_SCORE && paired_backward(kDType, kHeadDim);
 #else
 constexpr bool kPaired = false;
 #endif
@@ -43,19 +53,21 @@ ATTENTION_DEVICE constexpr char kind(int g) { return MOD_CAPTURE_GRAD_KINDS[g]; 
 
 // Where things lie in shared memory.
 struct Shared {
-  unsigned k, v, q, dout, ds, stats, sums;  // all but k and v: two stages
+  unsigned k, v, q, dout, ds, stats, sums;  // q, dout, stats: kStages; ds and sums: two
   unsigned p;                               // kPaired: the weights
+  unsigned items, barriers;                 // wgmma
 };
 ATTENTION_DEVICE Shared make_shared(const char* base) {
   Shared s;
   s.k = shared_address(base);
   s.v = s.k + kBlockKv * kRowBytes;
   s.q = s.v + kBlockKv * kRowBytes;
-  s.dout = s.q + 2 * kQBytes;
-  s.ds = s.dout + 2 * kQBytes;
+  s.dout = s.q + kStages * kQBytes;
+  s.ds = s.dout + kStages * kQBytes;
   s.stats = s.ds + 2 * kDsBytes;
-  s.sums = s.stats + 4 * kBlockQ * 4;
-  s.p = s.sums + 2 * kSumBytes;
+  s.sums = s.stats + kStages * 2 * kBlockQ * 4;
+  s.p = s.items = s.sums + 2 * kSumBytes;
+  s.barriers = s.items + kStages * 16;
   return s;
 }
 
@@ -100,6 +112,13 @@ ATTENTION_DEVICE int turn(const AttentionParams& p, const Row& row, const Step& 
   if (s.walk.entry)
     return __ldg(p.transposed.rank + (s.walk.entry - p.transposed.entry) + s.walk.count - 1 - s.i);
   return j - key_range(p, row, row.offset + s.tile() * kBlockQ).first / kBlockKv;
+}
+
+// Is any element of the step hidden?
+ATTENTION_DEVICE bool is_partial(const AttentionParams& p, const Row& row, const Step& s, int kv0) {
+  const int q0 = s.tile() * kBlockQ;
+  return (s.entry & 1) || (MOD_HAS_MASK && !s.walk.entry) ||
+         crosses_border(p, row, row.offset + q0, row.offset + min(q0 + kBlockQ, row.n_q) - 1, kv0, kBlockKv);
 }
 
 ATTENTION_DEVICE void load_queries(const AttentionParams& p, const Row& row, const Shared& shared, int tile,
@@ -345,6 +364,9 @@ ATTENTION_DEVICE void store_ds(unsigned tile, const float (&ds)[kM][kN][4], int 
   store_tile<kBlockQ>(tile, ds, ones, key_row, column, lane);
 }
 
+// Of the warps that hold keys: all but those that load, where there are such.
+ATTENTION_DEVICE void key_barrier() { asm volatile("bar.sync 0, %0;" ::"n"(kThreads) : "memory"); }
+
 template <int m_tiles, int n_tiles>
 ATTENTION_DEVICE void write_key_gradient(const AttentionView& view, const AttentionParams& p,
                                          const Shared& shared, const float (&acc)[m_tiles][n_tiles][4],
@@ -353,9 +375,9 @@ ATTENTION_DEVICE void write_key_gradient(const AttentionView& view, const Attent
   float factors[m_tiles][2];
 #pragma unroll
   for (int m = 0; m < m_tiles; ++m) factors[m][0] = factors[m][1] = factor;
-  __syncthreads();
+  key_barrier();
   store_tile<kHeadDim>(shared.k, acc, factors, key_row, column, thread % 32);
-  __syncthreads();
+  key_barrier();
   char* to = static_cast<char*>(view.data) +
              (b * view.batch + kv_head * view.head + j * kBlockKv * view.token) * kElementBytes;
   write_rows<kBlockKv, kThreads>(shared.k, 0, to, view.token, p.kv_len - j * kBlockKv, thread);
@@ -412,6 +434,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (kind(g) == 'q' && q < p.q_len) p.capture_part[g][static_cast<long long>(bh) * p.q_len + q] = 0;
 }
 
+#if !(ATTENTION_WGMMA && defined(__CUDA_ARCH_FEAT_SM90_ALL))
 extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile.ctas)
     attention_backward(const __grid_constant__ AttentionParams p) {
   using namespace backward;
@@ -466,9 +489,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
           keys.mod[m][i] = mod_kv(context, keys.head, min(kv_warp + 16 * m + 8 * i + lane / 4, row.n_kv - 1));
     }
     const int q0 = step.tile() * kBlockQ;
-    const bool partial =
-        (step.entry & 1) || (MOD_HAS_MASK && !step.walk.entry) ||
-        crosses_border(p, row, row.offset + q0, row.offset + min(q0 + kBlockQ, row.n_q) - 1, kv0, kBlockKv);
+    const bool partial = is_partial(p, row, step, kv0);
     const unsigned q_tile = shared.q + stage * kQBytes, dout_tile = shared.dout + stage * kQBytes;
     const unsigned stats = shared.stats + stage * 2 * kBlockQ * 4, sum_tile = shared.sums + stage * kSumBytes;
 #pragma unroll(kExact ? 1 : 4)
@@ -513,6 +534,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
   write_key_gradient(p.dk, p, shared, dk, p.scale, b, kv_head, j, key_row, part * kColumns, thread);
   write_key_gradient(p.dv, p, shared, dv, 1.0f, b, kv_head, j, key_row, part * kColumns, thread);
 }
+#endif
 
 // dq = scale * dq_sum, one block for each query tile.
 extern "C" __global__ void __launch_bounds__(backward::kThreads)
@@ -568,3 +590,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 }  // namespace flexchat::cuda
+
+#if ATTENTION_WGMMA && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#include "attention_backward_wgmma.cuh"
+#endif
