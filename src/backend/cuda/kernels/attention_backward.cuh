@@ -30,7 +30,6 @@ constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, true);
 constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, false);
 #endif
 constexpr int kBlockQ = kTile.block_q, kBlockKv = kTile.block_kv(), kThreads = kTile.threads();
-constexpr int kStages = kTile.stages();  // of Q, dO, row statistics
 // Two warps may share their keys: each takes half of the queries for the scores, and half of the columns of
 // dK and dV, and they exchange P and dS through shared memory, so that all in all less is read from there.
 // Not with score mods, whose gradients want registers, nor on GPUs without shared memory for P.
@@ -53,21 +52,22 @@ ATTENTION_DEVICE constexpr char kind(int g) { return MOD_CAPTURE_GRAD_KINDS[g]; 
 
 // Where things lie in shared memory.
 struct Shared {
-  unsigned k, v, q, dout, ds, stats, sums;  // q, dout, stats: kStages; ds and sums: two
+  unsigned k, v, q, dout, ds, stats, sums;  // all but k and v: two stages
   unsigned p;                               // kPaired: the weights
-  unsigned items, barriers;                 // wgmma
+  unsigned dq, items, barriers;             // wgmma
 };
 ATTENTION_DEVICE Shared make_shared(const char* base) {
   Shared s;
   s.k = shared_address(base);
   s.v = s.k + kBlockKv * kRowBytes;
   s.q = s.v + kBlockKv * kRowBytes;
-  s.dout = s.q + kStages * kQBytes;
-  s.ds = s.dout + kStages * kQBytes;
+  s.dout = s.q + 2 * kQBytes;
+  s.ds = s.dout + 2 * kQBytes;
   s.stats = s.ds + 2 * kDsBytes;
-  s.sums = s.stats + kStages * 2 * kBlockQ * 4;
-  s.p = s.items = s.sums + 2 * kSumBytes;
-  s.barriers = s.items + kStages * 16;
+  s.sums = s.stats + 4 * kBlockQ * 4;
+  s.p = s.dq = s.sums + 2 * kSumBytes;
+  s.items = s.dq + kDqFloats * 4;
+  s.barriers = s.items + 2 * 16;
   return s;
 }
 
@@ -95,15 +95,28 @@ struct Step {
 ATTENTION_DEVICE Row head_row(const AttentionParams& p, int b, int kv_head, int h_in_group) {
   return make_row(p, b, kv_head * (p.n_head / p.n_kv_head) + h_in_group);
 }
+// Do all heads visit the same tiles, and is nothing else kept for each? Then the heads of a tile come one
+// after the other, so that blocks of other keys, which begin with the same tile, stay behind each other.
+ATTENTION_DEVICE bool heads_inside(const AttentionParams& p) {
+  return !MOD_HAS_SCORE && (!kHasLists || (p.transposed.begin && p.transposed.head_rows == 1));
+}
+// Must what mods know of the head be computed anew?
+ATTENTION_DEVICE bool is_new_head(const AttentionParams& p, int head_now, int head) {
+  return head_now < 0 || (head_now != head && !heads_inside(p));
+}
 // The next step, through heads with nothing to do; false after the last. Query tiles are taken last first.
 ATTENTION_DEVICE bool advance(const AttentionParams& p, int b, int kv_head, int j, Step& s) {
+  const int heads = p.n_head / p.n_kv_head;
+  const bool inside = heads_inside(p), begun = s.h_in_group >= 0;
+  if (inside && begun && ++s.h_in_group < heads) return true;
   ++s.i;
   while (s.i >= s.walk.count) {
-    if (++s.h_in_group >= p.n_head / p.n_kv_head) return false;
+    if ((inside && begun) || ++s.h_in_group >= heads) return false;
     s.walk = walk(p, head_row(p, b, kv_head, s.h_in_group), j);
     s.i = 0;
     if (kHasLists && s.walk.count > 0) s.entry_next = s.walk.at(s.walk.count - 1);
   }
+  if (inside) s.h_in_group = 0;
   s.entry = kHasLists ? s.entry_next : s.walk.at(s.walk.count - 1 - s.i);
   if (kHasLists && s.i + 1 < s.walk.count) s.entry_next = s.walk.at(s.walk.count - 2 - s.i);
   return true;
@@ -477,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
     const int seen = thread == 0 ? load_relaxed(p.dq_turn + tile_at) : 0;
     add_dq(p, shared, pending, stage ^ 1, b, dq_row, dq_column, thread);
     const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
-    if (head_now != step.h_in_group) {
+    if (is_new_head(p, head_now, step.h_in_group)) {
       for (; kGrads > 0 && heads_done < step.h_in_group; ++heads_done)
         write_key_sums(p, head_row(p, b, kv_head, heads_done), keys, kv_warp, part == 0, lane);
       head_now = step.h_in_group;

@@ -6,10 +6,13 @@
 //   S^T = K Q^T   dP^T = V dO^T   dV += P^T dO   dK += dS^T Q      64 keys each; P^T and dS^T from registers
 //   dQ = dS K                                                      all keys, half of the columns each
 //
-// A third warpgroup keeps three stages of Q, dO and row statistics filled. The order of products leaves the
-// tensor cores work during everything else: dP during the weights, dV during dS, dK while dS goes to shared
-// memory, S of the next step while dQ goes out. A step reads 288 KB of shared memory for 10.5 MFLOP (D =
-// 128): at 128 bytes a cycle nine tenths of the tensor cores' 2560 cycles.
+// A third warpgroup has two warps that keep two stages of Q, dO and row statistics filled, and two that wait
+// for the block's turns and have dQ added to its sum straight from shared memory, so that nobody else waits
+// for other blocks or for memory. The order of products leaves the tensor cores work during everything else:
+// dP during the weights, dV during dS, dK while dS goes to shared memory, S of the next step while dQ does.
+//
+// A step is 10.5 MFLOP (D = 128), 2560 cycles of the tensor cores, and 368 KB to or from shared memory, 2944
+// cycles at 128 bytes each.
 #pragma once
 #include "wgmma.cuh"
 
@@ -17,8 +20,8 @@ namespace flexchat::cuda {
 
 namespace backward {
 
-static_assert(kTile.wgmma && kM == 1 && kN == 8 && kSplit == 1 && kThreads == 256 && kStages == 3);
-constexpr int kProducers = kTile.block_threads() - kThreads;
+static_assert(kTile.wgmma && kM == 1 && kN == 8 && kSplit == 1 && kThreads == 256);
+constexpr int kLoaders = 64;  // threads
 using KeyTile = Panels<kBlockKv, kHeadDim>;
 using QueryTile = Panels<kBlockQ, kHeadDim>;
 // Can dV start before dS is known? Score mods and dropout want weights and dS computed together.
@@ -42,81 +45,133 @@ ATTENTION_DEVICE Item load_item(unsigned from) {
   return x;
 }
 
-// Barriers: a stage is full, a stage is empty, dS of both warpgroups is there and so is the turn to add dQ.
+// Barriers, the first four one for each stage, or parity of the step: Q and dO are there; nobody needs them
+// any more; dS of both warpgroups is there; dQ is there; the place for dQ is free.
 ATTENTION_DEVICE unsigned full(const Shared& shared, int stage) { return shared.barriers + 8 * stage; }
-ATTENTION_DEVICE unsigned empty(const Shared& shared, int stage) {
-  return shared.barriers + 8 * (kStages + stage);
+ATTENTION_DEVICE unsigned empty(const Shared& shared, int stage) { return shared.barriers + 16 + 8 * stage; }
+ATTENTION_DEVICE unsigned ds_full(const Shared& shared, int stage) {
+  return shared.barriers + 32 + 8 * stage;
 }
-ATTENTION_DEVICE unsigned ds_ready(const Shared& shared, int stage) {
-  return shared.barriers + 8 * (2 * kStages + stage);
+ATTENTION_DEVICE unsigned dq_full(const Shared& shared, int stage) {
+  return shared.barriers + 48 + 8 * stage;
 }
+ATTENTION_DEVICE unsigned dq_empty(const Shared& shared) { return shared.barriers + 64; }
 
-// Starts copies of `rows` rows of one head to panels; rows past `valid` become zeros, unread.
-template <int rows>
-ATTENTION_DEVICE void load_panels(unsigned tile, const AttentionView& view, long long first, int valid,
-                                  int thread) {
-  constexpr int chunks = kHeadDim / 8, at_once = kProducers / chunks;
-  static_assert(at_once % 8 == 0);  // so that a thread's chunks are all swizzled alike
-  const int row = thread / chunks, chunk = thread % chunks;
-  const char* base = static_cast<const char*>(view.data) + first * kElementBytes + chunk * 16;
-  const char* from = base + row * view.token * kElementBytes;
-  unsigned to = tile + Panels<rows, kHeadDim>::chunk_offset(row, chunk);
-#pragma unroll 4
-  for (int r = row; r < rows; r += at_once) {
-    const bool ok = r < valid;
-    copy_async(to, ok ? from : base, ok);
-    to += at_once * 128;
-    from += at_once * view.token * kElementBytes;
+// A warp starts copies of `rows` rows of one head to rows row0, ... of panels of tile_rows rows; rows past
+// `valid`, counted from row0, become zeros, unread. row0 % 8 = 0. Each lane copies one chunk of every
+// kRowsAtOnce-th row from `from` on: of row_of(lane) first.
+constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks;
+ATTENTION_DEVICE const char* lane_start(const AttentionView& view, int lane) {
+  return static_cast<const char*>(view.data) + lane / kChunks * view.token * kElementBytes +
+         lane % kChunks * 16;
+}
+template <int rows, int tile_rows, bool whole>
+ATTENTION_DEVICE void copy_panels(unsigned to, const char* from, long long stride, int valid) {
+#pragma unroll 2
+  for (int group = 0; group < rows; group += 8) {
+#pragma unroll
+    for (int r = 0; r < 8; r += kRowsAtOnce) {  // the lane's row and r have no bit in common
+      if (whole)
+        copy_async((to ^ r * 16) + (group + r) * 128, from);
+      else
+        copy_async((to ^ r * 16) + (group + r) * 128, from, group + r < valid);
+      from += stride;
+    }
   }
 }
+template <int rows, int tile_rows>
+ATTENTION_DEVICE void load_panels(unsigned tile, int row0, const char* from, long long token, int valid,
+                                  int lane) {
+  const unsigned to =
+      tile + row0 * 128 + Panels<tile_rows, kHeadDim>::chunk_offset(lane / kChunks, lane % kChunks);
+  const long long stride = kRowsAtOnce * token * kElementBytes;
+  if (valid >= rows)
+    copy_panels<rows, tile_rows, true>(to, from, stride, 0);
+  else
+    copy_panels<rows, tile_rows, false>(to, from, stride, valid - lane / kChunks);
+}
 
-ATTENTION_DEVICE void produce(const AttentionParams& p, const Shared& shared, int b, int kv_head, int j,
-                              int thread) {
-  const int kv0 = j * kBlockKv;
-  const auto announce = [&](int n) {
-    fence_async();
-    barrier_arrive(full(shared, n % kStages));
-  };
+// Two warps: one loads Q and statistics, the other dO.
+ATTENTION_DEVICE void load_steps(const AttentionParams& p, const Shared& shared, int b, int kv_head, int j,
+                                 int warp, int lane) {
+  const int first_head = kv_head * (p.n_head / p.n_kv_head), heads = b * p.n_head + first_head;
+  const long long token = warp == 0 ? p.q.token : p.dout.token, head = warp == 0 ? p.q.head : p.dout.head;
+  const char* const start =
+      (warp == 0 ? lane_start(p.q, lane) + (b * p.q.batch + first_head * p.q.head) * kElementBytes
+                 : lane_start(p.dout, lane) + (b * p.dout.batch + first_head * p.dout.head) * kElementBytes);
+  const unsigned tiles = warp == 0 ? shared.q : shared.dout;
+  const Row row = make_row(p, b, 0);
   Step step{-1, 0, {nullptr, 0, 0}, 0, 0};
   int n = 0;
+  // The stage is full once this warp's copies have arrived.
+  const auto announce = [&](int stage, const Item& item) {
+    if (warp == 0 && lane == 0) {
+      store_item(shared.items + 16 * stage, item);
+      barrier_arrive(full(shared, stage));
+    }
+    barrier_arrive_after_copies(full(shared, stage));
+  };
 #pragma unroll 1
   for (; advance(p, b, kv_head, j, step); ++n) {
-    const int stage = n % kStages, q0 = step.tile() * kBlockQ;
-    const Row row = head_row(p, b, kv_head, step.h_in_group);
-    if (n == 0) {
-      const auto keys = [&](unsigned to, const AttentionView& view) {
-        load_panels<kBlockKv>(to, view, b * view.batch + kv_head * view.head + kv0 * view.token,
-                              row.n_kv - kv0, thread);
-      };
-      keys(shared.k, p.k);
-      keys(shared.v, p.v);
+    const int stage = n % 2, q0 = step.tile() * kBlockQ;
+    const Item item = {step.h_in_group, step.tile(), is_partial(p, row, step, j * kBlockKv),
+                       turn(p, row, step, j)};
+    if (n >= 2) barrier_wait(empty(shared, stage), (n / 2 - 1) & 1);
+    load_panels<kBlockQ, kBlockQ>(tiles + stage * kQBytes, 0,
+                                  start + (step.h_in_group * head + q0 * token) * kElementBytes, token,
+                                  row.n_q - q0, lane);
+    if (warp == 0) {
+      const long long at = static_cast<long long>(heads + step.h_in_group) * query_tiles(p) + item.tile;
+      copy_async(shared.stats + stage * 2 * kBlockQ * 4 + lane * 16, p.stats + at * 2 * kBlockQ + lane * 4);
     }
-    if (n >= kStages) barrier_wait(empty(shared, stage), (n / kStages - 1) & 1);
-    const auto queries = [&](unsigned to, const AttentionView& view) {
-      load_panels<kBlockQ>(to + stage * kQBytes, view,
-                           row.b * view.batch + row.h * view.head + q0 * view.token, row.n_q - q0, thread);
-    };
-    queries(shared.q, p.q);
-    queries(shared.dout, p.dout);
-    const float* stats =
-        p.stats +
-        (static_cast<long long>(row.b * p.n_head + row.h) * query_tiles(p) + step.tile()) * 2 * kBlockQ;
-    if (thread < 2 * kBlockQ / 4)
-      copy_async(shared.stats + stage * 2 * kBlockQ * 4 + thread * 16, stats + thread * 4, true);
-    copy_commit();
-    if (thread == 0)
-      store_item(shared.items + 16 * stage,
-                 {step.h_in_group, step.tile(), is_partial(p, row, step, kv0), turn(p, row, step, j)});
-    if (n > 0) {
-      copy_wait<1>();
-      announce(n - 1);
-    }
+    announce(stage, item);
   }
-  copy_wait<0>();
-  if (n > 0) announce(n - 1);
-  if (n >= kStages) barrier_wait(empty(shared, n % kStages), (n / kStages - 1) & 1);
-  if (thread == 0) store_item(shared.items + 16 * (n % kStages), {0, -1, 0, 0});
-  announce(n);
+  for (int i = 0; i < 2; ++i, ++n) {  // one end for each that waits for a stage
+    if (n >= 2) barrier_wait(empty(shared, n % 2), (n / 2 - 1) & 1);
+    announce(n % 2, {0, -1, 0, 0});
+  }
+}
+
+// Two warps take turns at adding dQ, even and odd steps, so that one may wait for memory while the other
+// adds.
+ATTENTION_DEVICE void add_steps(const AttentionParams& p, const Shared& shared, int b, int kv_head, int stage,
+                                int lane) {
+  const int heads = p.n_head / p.n_kv_head;
+  const Row row = make_row(p, b, 0);
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+    barrier_wait(full(shared, stage), round & 1);
+    const Item item = load_item(shared.items + 16 * stage);
+    if (item.tile < 0) return;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty(shared, stage));
+    const int h = kv_head * heads + item.h_in_group;
+    const long long tile = static_cast<long long>(b * p.n_head + h) * query_tiles(p) + item.tile;
+    barrier_wait(dq_full(shared, stage), round & 1);
+    if (lane == 0) {
+      while (load_acquire(p.dq_turn + tile) != item.rank) {
+      }
+      fence_async_all();
+      bulk_add(p.dq_sum + tile * kDqFloats, shared.dq, kDqFloats * 4, item.rank == 0);
+      bulk_commit();
+    }
+    __syncwarp();
+    if (kGrads > 0) {
+#pragma unroll
+      for (int q = lane; q < kBlockQ; q += 32)
+        add_query_sums(p, {row.b, h, row.n_q, row.n_kv, row.offset}, shared.sums + stage * kSumBytes,
+                       item.tile * kBlockQ, q);
+      __syncwarp();
+    }
+    if (lane == 0) {
+      bulk_wait_read();
+      barrier_arrive(dq_empty(shared));
+      bulk_wait();
+      fence_async_all();
+      store_release(p.dq_turn + tile, item.rank + 1);
+    }
+    __syncwarp();
+  }
 }
 
 // c = A B^T over the head dim: 64 rows of a tile of keys, 64 of a tile of queries.
@@ -163,14 +218,15 @@ ATTENTION_DEVICE void weights(const AttentionParams& p, const Row& row, const Ke
                               unsigned stats, int q0, int kv_warp, int lane) {
   const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
   const float unit = p.scale * kLog2e;
+  const int column = 2 * (lane % 4);
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
-    const float2 lse = load_shared2(stats + (8 * n + 2 * (lane % 4)) * 4);
+    const float2 lse = load_shared2(stats + (8 * n + column) * 4);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       s[n][e] = exp2_fast(fmaf(s[n][e], unit, e % 2 ? -lse.y : -lse.x));
       if (masked) {
-        const int q = row.offset + min(q0 + 8 * n + 2 * (lane % 4) + e % 2, row.n_q - 1);
+        const int q = row.offset + min(q0 + 8 * n + column + e % 2, row.n_q - 1);
         const int key = kv_warp + 8 * (e / 2) + lane / 4;
         const KeyRange range = key_range(p, row, q);
         const bool seen = key >= range.first && key < range.end &&
@@ -190,78 +246,72 @@ ATTENTION_DEVICE void gradients(const float (&s)[kN][4], float (&dp)[kN][4], uns
   }
 }
 
-// dQ of the last step to its sum.
-ATTENTION_DEVICE void add_pending(const AttentionParams& p, const Row& row, const Shared& shared,
-                                  const Pending& pending, const float (&dq)[1][kDqN][4], int n, int thread) {
-  if (!pending.turn) return;
-  add_to_sum(p.dq_sum + pending.tile * kDqFloats, dq, pending.rank == 0, thread);
-  if (kGrads > 0)
-    add_query_sums(p, {row.b, pending.h, row.n_q, row.n_kv, row.offset}, shared.sums + n % 2 * kSumBytes,
-                   pending.q0, thread);
-  if (thread >= 32) arrive();
-}
-
-ATTENTION_DEVICE void consume(const AttentionParams& p, const Shared& shared, int b, int kv_head, int j,
+ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, int b, int kv_head, int j,
                               int thread) {
   const int lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0), group = warp / 4;
   const int key_row = 16 * warp, kv_warp = j * kBlockKv + key_row, heads = p.n_head / p.n_kv_head;
   const unsigned k_rows = shared.k + group * 64 * 128, v_rows = shared.v + group * 64 * 128;
-  float dk[1][kD][4] = {}, dv[1][kD][4] = {}, dq[1][kDqN][4] = {};
+  float dk[1][kD][4] = {}, dv[1][kD][4] = {}, s[1][kN][4];
   Row row = make_row(p, b, 0);
+  const auto load_keys_of_warp = [&](unsigned tile, const AttentionView& view) {
+    load_panels<16, kBlockKv>(
+        tile, key_row,
+        lane_start(view, lane) +
+            (b * view.batch + kv_head * view.head + kv_warp * view.token) * kElementBytes,
+        view.token, row.n_kv - kv_warp, lane);
+  };
+  load_keys_of_warp(shared.k, p.k);
+  load_keys_of_warp(shared.v, p.v);
+  copy_commit();
+  copy_wait<0>();
+  fence_async();
+  key_barrier();
   Keys keys{};
-  Pending pending{nullptr, 0, 0, 0, 0, 0, false};
-  int head_now = -1, heads_done = 0, n = 0;
-#pragma unroll 1
-  for (int stage = 0, round = 0;; ++n) {
-    barrier_wait(full(shared, stage), round & 1);
-    const Item item = load_item(shared.items + 16 * stage);
-    if (item.tile < 0) break;
-    const unsigned q_tile = shared.q + stage * kQBytes, dout_tile = shared.dout + stage * kQBytes;
-    const unsigned stats = shared.stats + stage * 2 * kBlockQ * 4, ds_tile = shared.ds + n % 2 * kDsBytes;
-    float s[1][kN][4], dp[1][kN][4];
+  int head_now = -1, heads_done = 0;
+  // The first product of a step, whose queries it waits for. After the last step nobody uses the result.
+  const auto begin_step = [&](int n) {
+    const int stage = n % 2;
+    barrier_wait(full(shared, stage), n / 2 & 1);
+    fence_async();
     wgmma_begin();
-    product_of_rows(s[0], k_rows, q_tile);
+    product_of_rows(s[0], k_rows, shared.q + stage * kQBytes);
     wgmma_commit();
-    wgmma_wait<0>();
-    keep(dq[0]);
-    add_pending(p, row, shared, pending, dq, n + 1, thread);
+    return load_item(shared.items + 16 * stage);
+  };
+  Item item = begin_step(0);
+  wgmma_wait<0>();
+  keep(s[0]);
+#pragma unroll 1
+  for (int n = 0; item.tile >= 0; ++n) {
+    const int stage = n % 2, q0 = item.tile * kBlockQ;
+    const unsigned q_tile = shared.q + stage * kQBytes, dout_tile = shared.dout + stage * kQBytes;
+    const unsigned stats = shared.stats + stage * 2 * kBlockQ * 4, ds_tile = shared.ds + stage * kDsBytes,
+                   sum_tile = shared.sums + stage * kSumBytes;
+    float dp[1][kN][4], dq[1][kDqN][4];
+    Quad weight[kN / 2], ds[kN / 2];
     wgmma_begin();
     product_of_rows(dp[0], v_rows, dout_tile);
     wgmma_commit();
 
-    if (head_now != item.h_in_group) {
+    row.h = kv_head * heads + item.h_in_group;
+    if (is_new_head(p, head_now, item.h_in_group)) {
       for (; kGrads > 0 && heads_done < item.h_in_group; ++heads_done)
         write_key_sums(p, head_row(p, b, kv_head, heads_done), keys, kv_warp, true, lane);
       head_now = item.h_in_group;
-      row.h = kv_head * heads + head_now;
       const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
       keys.head = mod_head(context);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         keys.mod[0][i] = mod_kv(context, keys.head, min(kv_warp + 8 * i + lane / 4, row.n_kv - 1));
     }
-    const int q0 = item.tile * kBlockQ;
-    const long long tile_at = static_cast<long long>(row.b * p.n_head + row.h) * query_tiles(p) + item.tile;
-    const Pending now = {p.dq_turn + tile_at,
-                         tile_at,
-                         item.rank,
-                         row.h,
-                         q0,
-                         thread == 0 ? load_relaxed(p.dq_turn + tile_at) : 0,
-                         pending.turn != nullptr};
-    Quad weight[kN / 2], ds[kN / 2];
     if constexpr (kTwoParts) {
-      wgmma_wait<1>();
-      keep(s[0]);
       if (item.partial)
         weights<true>(p, row, keys, s[0], stats, q0, kv_warp, lane);
       else
         weights<false>(p, row, keys, s[0], stats, q0, kv_warp, lane);
     } else {
       wgmma_wait<0>();
-      keep(s[0]);
       keep(dp[0]);
-      const unsigned sum_tile = shared.sums + n % 2 * kSumBytes;
       if (ATTENTION_DROPOUT) drop(p, row, dp, q0, kv_warp, lane);
       if (item.partial)
         elementwise<true>(p, row, sum_tile, keys, s, dp, stats, q0, 0, kv_warp, true, warp, lane);
@@ -273,7 +323,6 @@ ATTENTION_DEVICE void consume(const AttentionParams& p, const Shared& shared, in
     wgmma_begin();
     add_product(dv[0], weight, dout_tile);
     wgmma_commit();
-    pass_turn(pending, warp, lane);
     if constexpr (kTwoParts) {
       wgmma_wait<1>();
       keep(dp[0]);
@@ -284,15 +333,13 @@ ATTENTION_DEVICE void consume(const AttentionParams& p, const Shared& shared, in
     add_product(dk[0], ds, q_tile);
     wgmma_commit();
 
+    const unsigned ds_row = ds_tile + Panels<kBlockKv, kBlockQ>::chunk_offset(key_row + lane % 16, lane / 16);
 #pragma unroll
-    for (int k = 0; k < kN / 2; ++k)
-      store_matrix(ds_tile + Panels<kBlockKv, kBlockQ>::chunk_offset(key_row + lane % 16, 2 * k + lane / 16),
-                   ds[k]);
+    for (int k = 0; k < kN / 2; ++k) store_matrix(ds_row ^ k * 32, ds[k]);  // two chunks on
     fence_async();
-    if (thread == 0) await_turn(now);
     __syncwarp();
-    if (lane == 0) barrier_arrive(ds_ready(shared, n % 2));
-    barrier_wait(ds_ready(shared, n % 2), n / 2 & 1);
+    if (lane == 0) barrier_arrive(ds_full(shared, stage));
+    barrier_wait(ds_full(shared, stage), n / 2 & 1);
     wgmma_begin();
     product_dq(dq[0], ds_tile, shared.k, group);
     wgmma_commit();
@@ -301,18 +348,21 @@ ATTENTION_DEVICE void consume(const AttentionParams& p, const Shared& shared, in
     keep(ds);
     __syncwarp();
     if (lane == 0) barrier_arrive(empty(shared, stage));
-    pending = now;
-    if (++stage == kStages) {
-      stage = 0;
-      ++round;
-    }
+
+    item = begin_step(n + 1);
+    if (n > 0) barrier_wait(dq_empty(shared), (n - 1) & 1);
+    wgmma_wait<1>();
+    keep(dq[0]);
+#pragma unroll
+    for (int i = 0; i < kDqN; ++i) store_shared4(shared.dq + (i * kThreads + thread) * 16, dq[0][i]);
+    fence_async();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(dq_full(shared, stage));
+    wgmma_wait<0>();
+    keep(s[0]);
   }
-  wgmma_wait<0>();
-  keep(dq[0]);
   keep(dk[0]);
   keep(dv[0]);
-  add_pending(p, row, shared, pending, dq, n + 1, thread);
-  pass_turn(pending, warp, lane);
   for (; kGrads > 0 && heads_done < heads; ++heads_done)
     write_key_sums(p, head_row(p, b, kv_head, heads_done), keys, kv_warp, true, lane);
   write_key_gradient(p.dk, p, shared, dk, p.scale, b, kv_head, j, key_row, 0, thread);
@@ -329,11 +379,13 @@ extern "C" __global__ void __launch_bounds__(backward::kTile.block_threads(), 1)
   const int thread = threadIdx.x;
   if (thread == 0) {
     store_item(shared.items, {atomicAdd(p.ticket, 1), 0, 0, 0});
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(full(shared, stage), kProducers);
-      barrier_init(empty(shared, stage), kTile.warps);
+    for (int stage = 0; stage < 2; ++stage) {
+      barrier_init(full(shared, stage), kLoaders + 1);
+      barrier_init(empty(shared, stage), kTile.warps + 1);
+      barrier_init(ds_full(shared, stage), kTile.warps);
+      barrier_init(dq_full(shared, stage), kTile.warps);
     }
-    for (int stage = 0; stage < 2; ++stage) barrier_init(ds_ready(shared, stage), kTile.warps);
+    barrier_init(dq_empty(shared), 1);
   }
   __syncthreads();
   const int drawn = load_item(shared.items).h_in_group, heads = p.batch * p.n_kv_head;
@@ -341,10 +393,14 @@ extern "C" __global__ void __launch_bounds__(backward::kTile.block_threads(), 1)
   const int j = drawn / heads, b = drawn % heads / p.n_kv_head, kv_head = drawn % heads % p.n_kv_head;
   if (thread >= kThreads) {
     give_registers<40>();
-    produce(p, shared, b, kv_head, j, thread - kThreads);
+    const int warp = (thread - kThreads) / 32, lane = thread % 32;
+    if (warp < 2)
+      load_steps(p, shared, b, kv_head, j, warp, lane);
+    else
+      add_steps(p, shared, b, kv_head, warp - 2, lane);
   } else {
     take_registers<232>();
-    consume(p, shared, b, kv_head, j, thread);
+    compute(p, shared, b, kv_head, j, thread);
   }
 }
 

@@ -45,7 +45,6 @@ struct BackwardTile {
   int warps, m_tiles, d_split, block_q, q_step, ctas;
   bool wgmma = false;  // four more warps load (attention_backward_wgmma.cuh)
   constexpr int block_threads() const { return threads() + (wgmma ? 128 : 0); }
-  constexpr int stages() const { return wgmma ? 3 : 2; }
   constexpr int block_kv() const { return warps / d_split * m_tiles * 16; }
   constexpr int threads() const { return warps * 32; }
   // dQ of a query tile: warps are dq_warps_q x the rest over (queries x columns), each dq_m x 16 queries and
@@ -83,15 +82,15 @@ constexpr bool paired_backward(int dtype, int d) {
   return dtype != kAttentionF32 && t.d_split == 1 && t.m_tiles == 1 && d % 32 == 0;
 }
 
-// K, V; stages of Q, dO and row statistics; two of dS and of each warp's sums by query of n_grads captured
-// accesses; what the wgmma kernel hands around; P on sm_90 and up where warps share keys. `major`: of the
-// GPU.
+// K, V; two stages of Q, dO, row statistics, dS, and each warp's sums by query of n_grads captured accesses;
+// on sm_90 and up P where warps share keys, or dQ, two steps and nine barriers of the wgmma kernel. `major`:
+// of the GPU.
 constexpr int backward_shared_bytes(int dtype, int d, int n_grads, int major) {
   const BackwardTile t = backward_tile(dtype, d, major == 9);
   const int element = dtype == kAttentionF32 ? 4 : 2, row = tile_row_bytes(d, element);
   const int ds = t.block_kv() * tile_row_bytes(t.block_q, element);
-  return 2 * t.block_kv() * row + t.stages() * (2 * t.block_q * row + 2 * t.block_q * 4) + 2 * ds +
-         2 * n_grads * t.warps * t.block_q * 4 + (t.wgmma ? t.stages() * 16 + (2 * t.stages() + 2) * 8 : 0) +
+  return 2 * t.block_kv() * row + 4 * t.block_q * row + 2 * ds + 4 * t.block_q * 4 +
+         2 * n_grads * t.warps * t.block_q * 4 + (t.wgmma ? t.dq_floats(dtype, d) * 4 + 2 * 16 + 9 * 8 : 0) +
          (major >= 9 && !t.wgmma && paired_backward(dtype, d) ? ds : 0);
 }
 

@@ -114,6 +114,31 @@ ATTENTION_DEVICE void keep(Quad (&a)[n]) {
 // What this thread wrote to shared memory becomes visible to the tensor cores (before a barrier).
 ATTENTION_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same of all memory, and back.
+ATTENTION_DEVICE void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Shared memory to global memory, `bytes` of floats: instead of what is there if `first`, else added to it.
+// One thread starts it; bulk_wait_read: what it has started has read shared memory; bulk_wait: and is done.
+ATTENTION_DEVICE void bulk_add(float* to, unsigned from, int bytes, bool first) {
+  if (first)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+ATTENTION_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+ATTENTION_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+ATTENTION_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+ATTENTION_DEVICE void store_shared4(unsigned address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+
 // Four 8x8 matrices to shared memory; the row at `address` is that of load_matrix.
 ATTENTION_DEVICE void store_matrix(unsigned address, const Quad& a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a.x[0]),
@@ -128,6 +153,10 @@ ATTENTION_DEVICE void barrier_init(unsigned barrier, int count) {
 }
 ATTENTION_DEVICE void barrier_arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives when the copies (copy_async) that this thread has started are done.
+ATTENTION_DEVICE void barrier_arrive_after_copies(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 ATTENTION_DEVICE void barrier_wait(unsigned barrier, unsigned parity) {
   asm volatile(
