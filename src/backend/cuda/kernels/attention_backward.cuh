@@ -8,27 +8,31 @@
 // What bounds the kernel is what warps read from shared memory; where it helps (kPaired), two of them share
 // keys and P goes through it, too.
 //
-// Deterministic: dK and dV are summed in one thread, query heads and tiles in ascending order. dQ of a query
+// Deterministic: dK and dV are summed in one thread, in the order of the steps (advance). dQ of a query
 // tile is summed in memory by the blocks of its key tiles, which take turns in ascending order (dq_turn).
 // Blocks draw their tiles from a counter, first keys first, so whoever waits, waits for one that runs. Under
 // a causal mask the first keys are also those with the most queries.
 #pragma once
 #include "attention_common.cuh"
 
-#define ATTENTION_WGMMA \
-  (ATTENTION_DTYPE != 0 && (ATTENTION_HEAD_DIM == 64 || ATTENTION_HEAD_DIM == 128))  // wgmma_backward()
+// Which main kernel: attention_backward_wgmma.cuh where it can be (wgmma_backward), else the one below.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && ATTENTION_DTYPE != 0 && \
+    (ATTENTION_HEAD_DIM == 64 || ATTENTION_HEAD_DIM == 128)
+#define ATTENTION_WGMMA 1
+#else
+#define ATTENTION_WGMMA 0
+#endif
 
 namespace flexchat::cuda {
 
 namespace backward {
 
-// Hopper's own instructions are there for head dims for which ATTENTION_WGMMA is set; see
-// attention_backward_wgmma.cuh.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, true);
 #else
 constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, false);
 #endif
+static_assert(kTile.wgmma == ATTENTION_WGMMA);
 constexpr int kBlockQ = kTile.block_q, kBlockKv = kTile.block_kv(), kThreads = kTile.threads();
 // Two warps may share their keys: each takes half of the queries for the scores, and half of the columns of
 // dK and dV, and they exchange P and dS through shared memory, so that all in all less is read from there.
@@ -447,7 +451,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (kind(g) == 'q' && q < p.q_len) p.capture_part[g][static_cast<long long>(bh) * p.q_len + q] = 0;
 }
 
-#if !(ATTENTION_WGMMA && defined(__CUDA_ARCH_FEAT_SM90_ALL))
+#if !ATTENTION_WGMMA
 extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile.ctas)
     attention_backward(const __grid_constant__ AttentionParams p) {
   using namespace backward;
@@ -604,6 +608,6 @@ extern "C" __global__ void __launch_bounds__(256)
 
 }  // namespace flexchat::cuda
 
-#if ATTENTION_WGMMA && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if ATTENTION_WGMMA
 #include "attention_backward_wgmma.cuh"
 #endif

@@ -24,10 +24,10 @@ static_assert(kTile.wgmma && kM == 1 && kN == 8 && kSplit == 1 && kThreads == 25
 constexpr int kLoaders = 64;  // threads
 using KeyTile = Panels<kBlockKv, kHeadDim>;
 using QueryTile = Panels<kBlockQ, kHeadDim>;
-// Can dV start before dS is known? Score mods and dropout want weights and dS computed together.
-constexpr bool kTwoParts = !MOD_HAS_SCORE && !ATTENTION_DROPOUT;
+// Can dV start before dS is known? Dropout and gradients of captured tensors want weights and dS together.
+constexpr bool kTwoParts = kGrads == 0 && !ATTENTION_DROPOUT;
 
-// A step as the producers hand it to the others. tile < 0: there is no other.
+// A step as those who load hand it to the others. tile < 0: there is no other.
 struct Item {
   int h_in_group, tile, partial, rank;
 };
@@ -57,9 +57,10 @@ ATTENTION_DEVICE unsigned dq_full(const Shared& shared, int stage) {
 }
 ATTENTION_DEVICE unsigned dq_empty(const Shared& shared) { return shared.barriers + 64; }
 
-// A warp starts copies of `rows` rows of one head to rows row0, ... of panels of tile_rows rows; rows past
-// `valid`, counted from row0, become zeros, unread. row0 % 8 = 0. Each lane copies one chunk of every
-// kRowsAtOnce-th row from `from` on: of row_of(lane) first.
+// A warp starts copies of `rows` rows of one head to rows row0, ... of panels of tile_rows rows, where row0
+// is a multiple of 8; rows past `valid`, counted from row0, become zeros, unread. Each lane copies one chunk
+// of every kRowsAtOnce-th row; `from` is its first one, as lane_start gives it for row 0 of batch row and
+// head 0.
 constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks;
 ATTENTION_DEVICE const char* lane_start(const AttentionView& view, int lane) {
   return static_cast<const char*>(view.data) + lane / kChunks * view.token * kElementBytes +
@@ -147,10 +148,12 @@ ATTENTION_DEVICE void add_steps(const AttentionParams& p, const Shared& shared, 
     if (lane == 0) barrier_arrive(empty(shared, stage));
     const int h = kv_head * heads + item.h_in_group;
     const long long tile = static_cast<long long>(b * p.n_head + h) * query_tiles(p) + item.tile;
-    barrier_wait(dq_full(shared, stage), round & 1);
-    if (lane == 0) {
+    if (lane == 0) {  // the turn is asked for early: memory takes its time to answer
       while (load_acquire(p.dq_turn + tile) != item.rank) {
       }
+    }
+    barrier_wait(dq_full(shared, stage), round & 1);
+    if (lane == 0) {
       fence_async_all();
       bulk_add(p.dq_sum + tile * kDqFloats, shared.dq, kDqFloats * 4, item.rank == 0);
       bulk_commit();
@@ -212,29 +215,49 @@ ATTENTION_DEVICE void round_to_operand(Quad (&to)[kN / 2], const float (&x)[kN][
               pack(x[2 * k + 1][0], x[2 * k + 1][1]), pack(x[2 * k + 1][2], x[2 * k + 1][3])}};
 }
 
-// The two halves of elementwise() without score mod: s becomes the weights; dp becomes dS.
+// The two halves of elementwise() where kTwoParts: `weight` is P, s becomes P o mod'(s); dp becomes dS.
 template <bool masked>
 ATTENTION_DEVICE void weights(const AttentionParams& p, const Row& row, const Keys& keys, float (&s)[kN][4],
-                              unsigned stats, int q0, int kv_warp, int lane) {
+                              Quad (&weight)[kN / 2], unsigned stats, int q0, int kv_warp, int lane) {
   const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
-  const float unit = p.scale * kLog2e;
+  const float unit = MOD_HAS_SCORE ? kLog2e : p.scale * kLog2e;
   const int column = 2 * (lane % 4);
 #pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const float2 lse = load_shared2(stats + (8 * n + column) * 4);
+  for (int k = 0; k < kN / 2; ++k) {
+    float w[2][4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      s[n][e] = exp2_fast(fmaf(s[n][e], unit, e % 2 ? -lse.y : -lse.x));
-      if (masked) {
-        const int q = row.offset + min(q0 + 8 * n + column + e % 2, row.n_q - 1);
-        const int key = kv_warp + 8 * (e / 2) + lane / 4;
+    for (int half = 0; half < 2; ++half) {
+      const int n = 2 * k + half;
+      const float2 lses = load_shared2(stats + (8 * n + column) * 4);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float lse = e ? lses.y : lses.x;
+        const int q = row.offset + min(q0 + 8 * n + column + e, row.n_q - 1);
+        const ModQ mod = mod_q(context, keys.head, q);
         const KeyRange range = key_range(p, row, q);
-        const bool seen = key >= range.first && key < range.end &&
-                          mod_mask(context, keys.head, mod_q(context, keys.head, q), keys.mod[0][e / 2], q,
-                                   min(key, row.n_kv - 1));
-        if (!seen) s[n][e] = 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = kv_warp + 8 * i + lane / 4, inside = min(key, row.n_kv - 1);
+          float& x = s[n][2 * i + e];
+          float& y = w[half][2 * i + e];
+          const float score = x * p.scale;
+          y = exp2_fast(
+              fmaf(MOD_HAS_SCORE ? mod_score(context, keys.head, mod, keys.mod[0][i], score, q, inside) : x,
+                   unit, -lse));
+          if (masked) {
+            const bool seen = key >= range.first && key < range.end &&
+                              mod_mask(context, keys.head, mod, keys.mod[0][i], q, inside);
+            if (!seen) y = 0;
+          }
+          x = y;
+          // A weight of zero has no gradient, even where the mod's slope is infinite.
+          if (MOD_HAS_SCORE && y != 0)
+            x *= mod_score_grad(context, keys.head, mod, keys.mod[0][i], score, q, inside);
+        }
       }
     }
+    weight[k] = {
+        {pack(w[0][0], w[0][1]), pack(w[0][2], w[0][3]), pack(w[1][0], w[1][1]), pack(w[1][2], w[1][3])}};
   }
 }
 ATTENTION_DEVICE void gradients(const float (&s)[kN][4], float (&dp)[kN][4], unsigned stats, int lane) {
@@ -306,9 +329,9 @@ ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, in
     }
     if constexpr (kTwoParts) {
       if (item.partial)
-        weights<true>(p, row, keys, s[0], stats, q0, kv_warp, lane);
+        weights<true>(p, row, keys, s[0], weight, stats, q0, kv_warp, lane);
       else
-        weights<false>(p, row, keys, s[0], stats, q0, kv_warp, lane);
+        weights<false>(p, row, keys, s[0], weight, stats, q0, kv_warp, lane);
     } else {
       wgmma_wait<0>();
       keep(dp[0]);
@@ -318,8 +341,8 @@ ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, in
       else
         elementwise<false>(p, row, sum_tile, keys, s, dp, stats, q0, 0, kv_warp, true, warp, lane);
       if (ATTENTION_DROPOUT) drop(p, row, s, q0, kv_warp, lane);
+      round_to_operand(weight, s[0]);
     }
-    round_to_operand(weight, s[0]);
     wgmma_begin();
     add_product(dv[0], weight, dout_tile);
     wgmma_commit();

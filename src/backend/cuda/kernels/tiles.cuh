@@ -94,6 +94,8 @@ constexpr int backward_shared_bytes(int dtype, int d, int n_grads, int major) {
          (major >= 9 && !t.wgmma && paired_backward(dtype, d) ? ds : 0);
 }
 
+static_assert(backward_shared_bytes(kAttentionBf16, 128, 8, 9) <= 227 * 1024);  // what a block may have
+
 // Decoding: each warp has its own stages of 16 keys and values.
 struct DecodeTile {
   int warps, stages;
