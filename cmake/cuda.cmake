@@ -52,6 +52,8 @@ set(cuda_gencode "")
 foreach(arch ${FLEXCHAT_CUDA_ARCHS})
   if(NOT arch MATCHES "^([0-9]+)[af]?$" OR CMAKE_MATCH_1 LESS 80)
     message(FATAL_ERROR "FLEXCHAT_CUDA_ARCHS has '${arch}'; allowed: a list of 80 or higher, as in \"80;90a;100\"")
+  elseif(arch STREQUAL "90")  # kernels take Hopper's own instructions for granted on a Hopper
+    message(FATAL_ERROR "FLEXCHAT_CUDA_ARCHS has '90'; write 90a")
   endif()
   list(APPEND cuda_gencode -gencode arch=compute_${arch},code=sm_${arch})
 endforeach()

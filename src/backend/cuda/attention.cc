@@ -185,7 +185,9 @@ CaptureGradients make_capture_gradients(CudaBackend& backend, const CudaAttentio
 void run_backward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtype, AttentionParams p) {
   const AttentionShape& s = plan.shape();
   const int type = kernel_dtype(dtype), d = static_cast<int>(s.head_dim);
-  const BackwardTile tile = backward_tile(type, d);
+  Context& context = backend.context();
+  const int major = context.device().major;
+  const BackwardTile tile = backward_tile(type, d, major == 9);
   const int64_t bh = s.batch * s.n_head, q_tiles = blocks(s.q_len, tile.block_q),
                 kv_tiles = blocks(s.kv_len, tile.block_kv());
   const Tensor stats = backend.empty({bh, q_tiles, 2, tile.block_q}, DType::f32);
@@ -197,7 +199,6 @@ void run_backward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dty
   p.dq_turn = turns.as<int>() + 1;
   p.transposed = plan.blocks(tile.block_q, tile.block_kv(), true);
 
-  Context& context = backend.context();
   const auto kernel = [&](const char* entry) -> const JitKernel& {
     return plan.kernel(context, "backward", dtype, false, entry);
   };
@@ -207,8 +208,8 @@ void run_backward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dty
   launch(context, kernel("attention_backward_prepare"), attention_work(plan, dtype, 0, 1),
          dim3(std::max(blocks(bh * q_tiles * tile.block_q, 8), 1u)), dim3(256), 0, p);
   launch(context, kernel("attention_backward"), attention_work(plan, dtype, 5, 4),
-         dim3(blocks(kv_tiles * s.batch * s.n_kv_head)), threads,
-         static_cast<size_t>(backward_shared_bytes(type, d, n_grads, context.device().major >= 9)), p);
+         dim3(blocks(kv_tiles * s.batch * s.n_kv_head)), dim3(static_cast<unsigned>(tile.block_threads())),
+         static_cast<size_t>(backward_shared_bytes(type, d, n_grads, major)), p);
   launch(context, kernel("attention_backward_finish"), {static_cast<double>(dq_sum.bytes()), 0},
          dim3(blocks(bh * q_tiles)), threads, static_cast<size_t>(tile.block_q * tile_row_bytes(d, element)),
          p);

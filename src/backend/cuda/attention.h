@@ -1,9 +1,9 @@
 // The plan of an attention on the GPU: what kernels/attention_params.cuh asks for, kept on the device for as
 // long as the batch lives. One kernel, `cuda_mma`, serves every case: forward and backward tiles with
-// mma.sync (FFMA in f32), and a split-key pass for few queries a row.
+// mma.sync (wgmma for the backward on Hopper, FFMA in f32), and a split-key pass for few queries a row.
 //
-// Lists of tiles depend on tile sizes, which depend on the dtype (kernels/tiles.cuh); each is built at its
-// first use, which must therefore not be inside a captured step.
+// Lists of tiles depend on tile sizes, which depend on dtype and GPU (kernels/tiles.cuh); each is built at
+// its first use, which must therefore not be inside a captured step.
 #pragma once
 
 #include <array>

@@ -8,24 +8,37 @@
 // What bounds the kernel is what warps read from shared memory; where it helps (kPaired), two of them share
 // keys and P goes through it, too.
 //
-// Deterministic: dK and dV are summed in one thread, query heads and tiles in ascending order. dQ of a query
+// Deterministic: dK and dV are summed in one thread, in the order of the steps (advance). dQ of a query
 // tile is summed in memory by the blocks of its key tiles, which take turns in ascending order (dq_turn).
 // Blocks draw their tiles from a counter, first keys first, so whoever waits, waits for one that runs. Under
 // a causal mask the first keys are also those with the most queries.
 #pragma once
 #include "attention_common.cuh"
 
+// Which main kernel: attention_backward_wgmma.cuh where it can be (wgmma_backward), else the one below.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && ATTENTION_DTYPE != 0 && \
+    (ATTENTION_HEAD_DIM == 64 || ATTENTION_HEAD_DIM == 128)
+#define ATTENTION_WGMMA 1
+#else
+#define ATTENTION_WGMMA 0
+#endif
+
 namespace flexchat::cuda {
 
 namespace backward {
 
-constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, true);
+#else
+constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, false);
+#endif
+static_assert(kTile.wgmma == ATTENTION_WGMMA);
 constexpr int kBlockQ = kTile.block_q, kBlockKv = kTile.block_kv(), kThreads = kTile.threads();
 // Two warps may share their keys: each takes half of the queries for the scores, and half of the columns of
 // dK and dV, and they exchange P and dS through shared memory, so that all in all less is read from there.
 // Not with score mods, whose gradients want registers, nor on GPUs without shared memory for P.
 #if __CUDA_ARCH__ >= 900
-constexpr bool kPaired = !MOD_HAS_SCORE && paired_backward(kDType, kHeadDim);
+constexpr bool kPaired = !kTile.wgmma && !MOD_HAS_SCORE && paired_backward(kDType, kHeadDim);
 #else
 constexpr bool kPaired = false;
 #endif
@@ -45,6 +58,7 @@ ATTENTION_DEVICE constexpr char kind(int g) { return MOD_CAPTURE_GRAD_KINDS[g]; 
 struct Shared {
   unsigned k, v, q, dout, ds, stats, sums;  // all but k and v: two stages
   unsigned p;                               // kPaired: the weights
+  unsigned dq, items, barriers;             // wgmma
 };
 ATTENTION_DEVICE Shared make_shared(const char* base) {
   Shared s;
@@ -55,7 +69,9 @@ ATTENTION_DEVICE Shared make_shared(const char* base) {
   s.ds = s.dout + 2 * kQBytes;
   s.stats = s.ds + 2 * kDsBytes;
   s.sums = s.stats + 4 * kBlockQ * 4;
-  s.p = s.sums + 2 * kSumBytes;
+  s.p = s.dq = s.sums + 2 * kSumBytes;
+  s.items = s.dq + kDqFloats * 4;
+  s.barriers = s.items + 2 * 16;
   return s;
 }
 
@@ -83,15 +99,28 @@ struct Step {
 ATTENTION_DEVICE Row head_row(const AttentionParams& p, int b, int kv_head, int h_in_group) {
   return make_row(p, b, kv_head * (p.n_head / p.n_kv_head) + h_in_group);
 }
+// Do all heads visit the same tiles, and is nothing else kept for each? Then the heads of a tile come one
+// after the other, so that blocks of other keys, which begin with the same tile, stay behind each other.
+ATTENTION_DEVICE bool heads_inside(const AttentionParams& p) {
+  return !MOD_HAS_SCORE && (!kHasLists || (p.transposed.begin && p.transposed.head_rows == 1));
+}
+// Must what mods know of the head be computed anew?
+ATTENTION_DEVICE bool is_new_head(const AttentionParams& p, int head_now, int head) {
+  return head_now < 0 || (head_now != head && !heads_inside(p));
+}
 // The next step, through heads with nothing to do; false after the last. Query tiles are taken last first.
 ATTENTION_DEVICE bool advance(const AttentionParams& p, int b, int kv_head, int j, Step& s) {
+  const int heads = p.n_head / p.n_kv_head;
+  const bool inside = heads_inside(p), begun = s.h_in_group >= 0;
+  if (inside && begun && ++s.h_in_group < heads) return true;
   ++s.i;
   while (s.i >= s.walk.count) {
-    if (++s.h_in_group >= p.n_head / p.n_kv_head) return false;
+    if ((inside && begun) || ++s.h_in_group >= heads) return false;
     s.walk = walk(p, head_row(p, b, kv_head, s.h_in_group), j);
     s.i = 0;
     if (kHasLists && s.walk.count > 0) s.entry_next = s.walk.at(s.walk.count - 1);
   }
+  if (inside) s.h_in_group = 0;
   s.entry = kHasLists ? s.entry_next : s.walk.at(s.walk.count - 1 - s.i);
   if (kHasLists && s.i + 1 < s.walk.count) s.entry_next = s.walk.at(s.walk.count - 2 - s.i);
   return true;
@@ -100,6 +129,13 @@ ATTENTION_DEVICE int turn(const AttentionParams& p, const Row& row, const Step& 
   if (s.walk.entry)
     return __ldg(p.transposed.rank + (s.walk.entry - p.transposed.entry) + s.walk.count - 1 - s.i);
   return j - key_range(p, row, row.offset + s.tile() * kBlockQ).first / kBlockKv;
+}
+
+// Is any element of the step hidden?
+ATTENTION_DEVICE bool is_partial(const AttentionParams& p, const Row& row, const Step& s, int kv0) {
+  const int q0 = s.tile() * kBlockQ;
+  return (s.entry & 1) || (MOD_HAS_MASK && !s.walk.entry) ||
+         crosses_border(p, row, row.offset + q0, row.offset + min(q0 + kBlockQ, row.n_q) - 1, kv0, kBlockKv);
 }
 
 ATTENTION_DEVICE void load_queries(const AttentionParams& p, const Row& row, const Shared& shared, int tile,
@@ -345,6 +381,9 @@ ATTENTION_DEVICE void store_ds(unsigned tile, const float (&ds)[kM][kN][4], int 
   store_tile<kBlockQ>(tile, ds, ones, key_row, column, lane);
 }
 
+// Of the warps that hold keys: all but those that load, where there are such.
+ATTENTION_DEVICE void key_barrier() { asm volatile("bar.sync 0, %0;" ::"n"(kThreads) : "memory"); }
+
 template <int m_tiles, int n_tiles>
 ATTENTION_DEVICE void write_key_gradient(const AttentionView& view, const AttentionParams& p,
                                          const Shared& shared, const float (&acc)[m_tiles][n_tiles][4],
@@ -353,9 +392,9 @@ ATTENTION_DEVICE void write_key_gradient(const AttentionView& view, const Attent
   float factors[m_tiles][2];
 #pragma unroll
   for (int m = 0; m < m_tiles; ++m) factors[m][0] = factors[m][1] = factor;
-  __syncthreads();
+  key_barrier();
   store_tile<kHeadDim>(shared.k, acc, factors, key_row, column, thread % 32);
-  __syncthreads();
+  key_barrier();
   char* to = static_cast<char*>(view.data) +
              (b * view.batch + kv_head * view.head + j * kBlockKv * view.token) * kElementBytes;
   write_rows<kBlockKv, kThreads>(shared.k, 0, to, view.token, p.kv_len - j * kBlockKv, thread);
@@ -412,6 +451,7 @@ extern "C" __global__ void __launch_bounds__(256)
     if (kind(g) == 'q' && q < p.q_len) p.capture_part[g][static_cast<long long>(bh) * p.q_len + q] = 0;
 }
 
+#if !ATTENTION_WGMMA
 extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile.ctas)
     attention_backward(const __grid_constant__ AttentionParams p) {
   using namespace backward;
@@ -454,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
     const int seen = thread == 0 ? load_relaxed(p.dq_turn + tile_at) : 0;
     add_dq(p, shared, pending, stage ^ 1, b, dq_row, dq_column, thread);
     const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
-    if (head_now != step.h_in_group) {
+    if (is_new_head(p, head_now, step.h_in_group)) {
       for (; kGrads > 0 && heads_done < step.h_in_group; ++heads_done)
         write_key_sums(p, head_row(p, b, kv_head, heads_done), keys, kv_warp, part == 0, lane);
       head_now = step.h_in_group;
@@ -466,9 +506,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
           keys.mod[m][i] = mod_kv(context, keys.head, min(kv_warp + 16 * m + 8 * i + lane / 4, row.n_kv - 1));
     }
     const int q0 = step.tile() * kBlockQ;
-    const bool partial =
-        (step.entry & 1) || (MOD_HAS_MASK && !step.walk.entry) ||
-        crosses_border(p, row, row.offset + q0, row.offset + min(q0 + kBlockQ, row.n_q) - 1, kv0, kBlockKv);
+    const bool partial = is_partial(p, row, step, kv0);
     const unsigned q_tile = shared.q + stage * kQBytes, dout_tile = shared.dout + stage * kQBytes;
     const unsigned stats = shared.stats + stage * 2 * kBlockQ * 4, sum_tile = shared.sums + stage * kSumBytes;
 #pragma unroll(kExact ? 1 : 4)
@@ -513,6 +551,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
   write_key_gradient(p.dk, p, shared, dk, p.scale, b, kv_head, j, key_row, part * kColumns, thread);
   write_key_gradient(p.dv, p, shared, dv, 1.0f, b, kv_head, j, key_row, part * kColumns, thread);
 }
+#endif
 
 // dq = scale * dq_sum, one block for each query tile.
 extern "C" __global__ void __launch_bounds__(backward::kThreads)
@@ -568,3 +607,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 }  // namespace flexchat::cuda
+
+#if ATTENTION_WGMMA
+#include "attention_backward_wgmma.cuh"
+#endif

@@ -1,5 +1,5 @@
 // Tile sizes of the attention kernels: the one table that kernels, host and tests read. A function of dtype
-// and head dim alone, so that results never depend on the device. Read by g++, nvcc and NVRTC.
+// and head dim alone, and of whether Hopper's own instructions are there. Read by g++, nvcc and NVRTC.
 //
 // Limits that shape it: 255 registers a thread, so a warp's f32 accumulators stay under ~192; shared memory
 // that fits sm_80 (163 KB) wherever the fastest choice does.
@@ -43,11 +43,13 @@ constexpr int forward_shared_bytes(int dtype, int d) {
 // columns [D / d_split * part, ...). Scores of q_step queries are in registers at a time.
 struct BackwardTile {
   int warps, m_tiles, d_split, block_q, q_step, ctas;
+  bool wgmma = false;  // four more warps load (attention_backward_wgmma.cuh)
+  constexpr int block_threads() const { return threads() + (wgmma ? 128 : 0); }
   constexpr int block_kv() const { return warps / d_split * m_tiles * 16; }
   constexpr int threads() const { return warps * 32; }
   // dQ of a query tile: warps are dq_warps_q x the rest over (queries x columns), each dq_m x 16 queries and
   // dq_n x 8 columns (more than there are, when they do not divide).
-  constexpr int dq_warps_q() const { return block_q >= 32 ? 2 : 1; }
+  constexpr int dq_warps_q() const { return wgmma ? 4 : block_q >= 32 ? 2 : 1; }
   constexpr int dq_m() const { return block_q / 16 / dq_warps_q(); }
   constexpr int dq_n(int dtype, int d) const {
     const int warps_d = warps / dq_warps_q(), n = (d / 8 + warps_d - 1) / warps_d;
@@ -57,7 +59,11 @@ struct BackwardTile {
   constexpr int dq_floats(int dtype, int d) const { return threads() * dq_m() * dq_n(dtype, d) * 4; }
 };
 
-constexpr BackwardTile backward_tile(int dtype, int d) {
+constexpr bool wgmma_backward(int dtype, int d) { return dtype != kAttentionF32 && (d == 64 || d == 128); }
+
+// sm90a: compiled for Hopper, with its own instructions.
+constexpr BackwardTile backward_tile(int dtype, int d, bool sm90a) {
+  if (sm90a && wgmma_backward(dtype, d)) return {8, 1, 1, 64, 64, 1, true};
   if (dtype == kAttentionF32) {
     if (d <= 64) return {8, 1, 1, 32, 32, 1};
     if (d <= 128) return {8, 1, 2, 32, 16, 1};
@@ -72,20 +78,23 @@ constexpr BackwardTile backward_tile(int dtype, int d) {
 
 // May two warps share their keys (attention_backward.cuh)? Where one warp holds 16 keys and all columns.
 constexpr bool paired_backward(int dtype, int d) {
-  const BackwardTile t = backward_tile(dtype, d);
+  const BackwardTile t = backward_tile(dtype, d, false);
   return dtype != kAttentionF32 && t.d_split == 1 && t.m_tiles == 1 && d % 32 == 0;
 }
 
 // K, V; two stages of Q, dO, row statistics, dS, and each warp's sums by query of n_grads captured accesses;
-// P on sm_90 and up.
-constexpr int backward_shared_bytes(int dtype, int d, int n_grads, bool sm90) {
-  const BackwardTile t = backward_tile(dtype, d);
+// on sm_90 and up P where warps share keys, or dQ, two steps and nine barriers of the wgmma kernel. `major`:
+// of the GPU.
+constexpr int backward_shared_bytes(int dtype, int d, int n_grads, int major) {
+  const BackwardTile t = backward_tile(dtype, d, major == 9);
   const int element = dtype == kAttentionF32 ? 4 : 2, row = tile_row_bytes(d, element);
-  return 2 * t.block_kv() * row + 4 * t.block_q * row +
-         2 * t.block_kv() * tile_row_bytes(t.block_q, element) + 4 * t.block_q * 4 +
-         2 * n_grads * t.warps * t.block_q * 4 +
-         (sm90 && paired_backward(dtype, d) ? t.block_kv() * tile_row_bytes(t.block_q, element) : 0);
+  const int ds = t.block_kv() * tile_row_bytes(t.block_q, element);
+  return 2 * t.block_kv() * row + 4 * t.block_q * row + 2 * ds + 4 * t.block_q * 4 +
+         2 * n_grads * t.warps * t.block_q * 4 + (t.wgmma ? t.dq_floats(dtype, d) * 4 + 2 * 16 + 9 * 8 : 0) +
+         (major >= 9 && !t.wgmma && paired_backward(dtype, d) ? ds : 0);
 }
+
+static_assert(backward_shared_bytes(kAttentionBf16, 128, 8, 9) <= 227 * 1024);  // what a block may have
 
 // Decoding: each warp has its own stages of 16 keys and values.
 struct DecodeTile {

@@ -1,0 +1,180 @@
+// Products of a warpgroup (four warps) on Hopper's tensor cores: small wrappers over PTX (wgmma, mbarrier,
+// setmaxnreg; sm_90a alone). Operands are read from shared memory by the tensor cores themselves, the left
+// one from registers where a product is the left operand of the next.
+//
+// A tile in shared memory (Panels) is cut into panels of 64 columns, rows of 128 bytes whose 16-byte chunks
+// are swizzled; it starts at a multiple of 1024 bytes. Accumulators c[n][4] and left operands in registers
+// have the layout of mma.cuh: warp w of the group holds rows 16*w .. 16*w + 15.
+//
+// A product runs while its warps go on: what it reads and writes must not be touched until its group has been
+// waited for (wgmma_wait), and registers are named to keep() then.
+#pragma once
+#include "mma.cuh"
+
+namespace flexchat::cuda {
+
+template <int rows, int columns>
+struct Panels {
+  static constexpr int panel_bytes = rows * 128, bytes = panel_bytes * columns / 64;
+  ATTENTION_DEVICE static unsigned chunk_offset(int row, int chunk) {
+    return static_cast<unsigned>(chunk / 8 * panel_bytes + row * 128 + ((chunk ^ row) & 7) * 16);
+  }
+};
+
+// Describes an operand to the tensor core: groups of eight rows follow each other; panels do in
+// `panel_bytes`, which matters where a transposed operand is wider than 64.
+ATTENTION_DEVICE unsigned long long descriptor(unsigned address, int panel_bytes) {
+  return (1ull << 62) | (1024ull >> 4 << 32) | (static_cast<unsigned long long>(panel_bytes) >> 4 << 16) |
+         (address >> 4);
+}
+
+#if ATTENTION_DTYPE == 1
+#define WGMMA(columns) "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 "
+#else
+#define WGMMA(columns) "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.f16.f16 "
+#endif
+#define WGMMA_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define WGMMA_32 WGMMA_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define WGMMA_64                                                          \
+  WGMMA_32                                                                \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
+  "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define WGMMA_C1(k, n) k(c[n][0]), k(c[n][1]), k(c[n][2]), k(c[n][3])
+#define WGMMA_C4(k, n) WGMMA_C1(k, n), WGMMA_C1(k, n + 1), WGMMA_C1(k, n + 2), WGMMA_C1(k, n + 3)
+#define WGMMA_C8(k) WGMMA_C4(k, 0), WGMMA_C4(k, 4)
+#define WGMMA_C16(k) WGMMA_C8(k), WGMMA_C4(k, 8), WGMMA_C4(k, 12)
+
+// c (64 x 8n f32) = or += A (64 x 16) B (16 x 8n), both in shared memory. Untransposed, their rows there are
+// those of A and of B^T (k contiguous); transposed, those of A^T and of B.
+template <bool add, bool transposed>
+ATTENTION_DEVICE void wgmma(float (&c)[8][4], unsigned long long a, unsigned long long b) {
+  if constexpr (add)
+    asm volatile(WGMMA(64) "{" WGMMA_32 "}, %32, %33, 1, 1, 1, %34, %34;"
+                 : WGMMA_C8("+f")
+                 : "l"(a), "l"(b), "n"(transposed));
+  else
+    asm volatile(WGMMA(64) "{" WGMMA_32 "}, %32, %33, 0, 1, 1, %34, %34;"
+                 : WGMMA_C8("=f")
+                 : "l"(a), "l"(b), "n"(transposed));
+}
+template <bool add, bool transposed>
+ATTENTION_DEVICE void wgmma(float (&c)[4][4], unsigned long long a, unsigned long long b) {
+  if constexpr (add)
+    asm volatile(WGMMA(32) "{" WGMMA_16 "}, %16, %17, 1, 1, 1, %18, %18;"
+                 : WGMMA_C4("+f", 0)
+                 : "l"(a), "l"(b), "n"(transposed));
+  else
+    asm volatile(WGMMA(32) "{" WGMMA_16 "}, %16, %17, 0, 1, 1, %18, %18;"
+                 : WGMMA_C4("=f", 0)
+                 : "l"(a), "l"(b), "n"(transposed));
+}
+// c += A B, A in registers, the rows of B (k) in shared memory.
+ATTENTION_DEVICE void wgmma(float (&c)[8][4], const Quad& a, unsigned long long b) {
+  asm volatile(WGMMA(64) "{" WGMMA_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+               : WGMMA_C8("+f")
+               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+}
+ATTENTION_DEVICE void wgmma(float (&c)[16][4], const Quad& a, unsigned long long b) {
+  asm volatile(WGMMA(128) "{" WGMMA_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+               : WGMMA_C16("+f")
+               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+}
+#undef WGMMA
+#undef WGMMA_16
+#undef WGMMA_32
+#undef WGMMA_64
+#undef WGMMA_C1
+#undef WGMMA_C4
+#undef WGMMA_C8
+#undef WGMMA_C16
+
+// Before the first product after other instructions wrote its registers.
+ATTENTION_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Ends a group of products.
+ATTENTION_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most `pending` of the latest groups still run.
+template <int pending>
+ATTENTION_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Registers that a product has read or written up to here: the compiler may not move their uses across.
+template <int n>
+ATTENTION_DEVICE void keep(float (&c)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
+template <int n>
+ATTENTION_DEVICE void keep(Quad (&a)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    asm volatile("" : "+r"(a[i].x[0]), "+r"(a[i].x[1]), "+r"(a[i].x[2]), "+r"(a[i].x[3])::"memory");
+}
+
+// What this thread wrote to shared memory becomes visible to the tensor cores (before a barrier).
+ATTENTION_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same of all memory, and back.
+ATTENTION_DEVICE void fence_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Shared memory to global memory, `bytes` of floats: instead of what is there if `first`, else added to it.
+// One thread starts it; bulk_wait_read: what it has started has read shared memory; bulk_wait: and is done.
+ATTENTION_DEVICE void bulk_add(float* to, unsigned from, int bytes, bool first) {
+  if (first)
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(from), "r"(bytes)
+                 : "memory");
+}
+ATTENTION_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+ATTENTION_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+ATTENTION_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+ATTENTION_DEVICE void store_shared4(unsigned address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+
+// Four 8x8 matrices to shared memory; the row at `address` is that of load_matrix.
+ATTENTION_DEVICE void store_matrix(unsigned address, const Quad& a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a.x[0]),
+               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
+               : "memory");
+}
+
+// Barriers in shared memory, 8 bytes each: a phase ends when `count` arrivals have come; waiting for the
+// phase of parity 0, then 1, then 0...
+ATTENTION_DEVICE void barrier_init(unsigned barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+ATTENTION_DEVICE void barrier_arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives when the copies (copy_async) that this thread has started are done.
+ATTENTION_DEVICE void barrier_arrive_after_copies(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+ATTENTION_DEVICE void barrier_wait(unsigned barrier, unsigned parity) {
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra again; }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Registers go from warpgroups that need few to those that need many.
+template <int registers>
+ATTENTION_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+ATTENTION_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+}  // namespace flexchat::cuda
