@@ -24,8 +24,8 @@ static_assert(kTile.wgmma && kM == 1 && kN == 8 && kSplit == 1 && kThreads == 25
 constexpr int kLoaders = 64;  // threads
 using KeyTile = Panels<kBlockKv, kHeadDim>;
 using QueryTile = Panels<kBlockQ, kHeadDim>;
-// Can dV start before dS is known? Dropout and gradients of captured tensors want weights and dS together.
-constexpr bool kTwoParts = kGrads == 0 && !ATTENTION_DROPOUT;
+// Can dV start before dS is known? Score mods and dropout want weights and dS computed together.
+constexpr bool kTwoParts = !MOD_HAS_SCORE && !ATTENTION_DROPOUT;
 
 // A step as those who load hand it to the others. tile < 0: there is no other.
 struct Item {
@@ -215,49 +215,29 @@ ATTENTION_DEVICE void round_to_operand(Quad (&to)[kN / 2], const float (&x)[kN][
               pack(x[2 * k + 1][0], x[2 * k + 1][1]), pack(x[2 * k + 1][2], x[2 * k + 1][3])}};
 }
 
-// The two halves of elementwise() where kTwoParts: `weight` is P, s becomes P o mod'(s); dp becomes dS.
+// The two halves of elementwise() without score mod: s becomes the weights; dp becomes dS.
 template <bool masked>
 ATTENTION_DEVICE void weights(const AttentionParams& p, const Row& row, const Keys& keys, float (&s)[kN][4],
-                              Quad (&weight)[kN / 2], unsigned stats, int q0, int kv_warp, int lane) {
+                              unsigned stats, int q0, int kv_warp, int lane) {
   const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
-  const float unit = MOD_HAS_SCORE ? kLog2e : p.scale * kLog2e;
+  const float unit = p.scale * kLog2e;
   const int column = 2 * (lane % 4);
 #pragma unroll
-  for (int k = 0; k < kN / 2; ++k) {
-    float w[2][4];
+  for (int n = 0; n < kN; ++n) {
+    const float2 lse = load_shared2(stats + (8 * n + column) * 4);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = 2 * k + half;
-      const float2 lses = load_shared2(stats + (8 * n + column) * 4);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float lse = e ? lses.y : lses.x;
-        const int q = row.offset + min(q0 + 8 * n + column + e, row.n_q - 1);
-        const ModQ mod = mod_q(context, keys.head, q);
+    for (int e = 0; e < 4; ++e) {
+      s[n][e] = exp2_fast(fmaf(s[n][e], unit, e % 2 ? -lse.y : -lse.x));
+      if (masked) {
+        const int q = row.offset + min(q0 + 8 * n + column + e % 2, row.n_q - 1);
+        const int key = kv_warp + 8 * (e / 2) + lane / 4;
         const KeyRange range = key_range(p, row, q);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int key = kv_warp + 8 * i + lane / 4, inside = min(key, row.n_kv - 1);
-          float& x = s[n][2 * i + e];
-          float& y = w[half][2 * i + e];
-          const float score = x * p.scale;
-          y = exp2_fast(
-              fmaf(MOD_HAS_SCORE ? mod_score(context, keys.head, mod, keys.mod[0][i], score, q, inside) : x,
-                   unit, -lse));
-          if (masked) {
-            const bool seen = key >= range.first && key < range.end &&
-                              mod_mask(context, keys.head, mod, keys.mod[0][i], q, inside);
-            if (!seen) y = 0;
-          }
-          x = y;
-          // A weight of zero has no gradient, even where the mod's slope is infinite.
-          if (MOD_HAS_SCORE && y != 0)
-            x *= mod_score_grad(context, keys.head, mod, keys.mod[0][i], score, q, inside);
-        }
+        const bool seen = key >= range.first && key < range.end &&
+                          mod_mask(context, keys.head, mod_q(context, keys.head, q), keys.mod[0][e / 2], q,
+                                   min(key, row.n_kv - 1));
+        if (!seen) s[n][e] = 0;
       }
     }
-    weight[k] = {
-        {pack(w[0][0], w[0][1]), pack(w[0][2], w[0][3]), pack(w[1][0], w[1][1]), pack(w[1][2], w[1][3])}};
   }
 }
 ATTENTION_DEVICE void gradients(const float (&s)[kN][4], float (&dp)[kN][4], unsigned stats, int lane) {
@@ -329,9 +309,9 @@ ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, in
     }
     if constexpr (kTwoParts) {
       if (item.partial)
-        weights<true>(p, row, keys, s[0], weight, stats, q0, kv_warp, lane);
+        weights<true>(p, row, keys, s[0], stats, q0, kv_warp, lane);
       else
-        weights<false>(p, row, keys, s[0], weight, stats, q0, kv_warp, lane);
+        weights<false>(p, row, keys, s[0], stats, q0, kv_warp, lane);
     } else {
       wgmma_wait<0>();
       keep(dp[0]);
@@ -341,8 +321,8 @@ ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, in
       else
         elementwise<false>(p, row, sum_tile, keys, s, dp, stats, q0, 0, kv_warp, true, warp, lane);
       if (ATTENTION_DROPOUT) drop(p, row, s, q0, kv_warp, lane);
-      round_to_operand(weight, s[0]);
     }
+    round_to_operand(weight, s[0]);
     wgmma_begin();
     add_product(dv[0], weight, dout_tile);
     wgmma_commit();
