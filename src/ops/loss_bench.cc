@@ -14,7 +14,7 @@ namespace flexchat {
 namespace {
 
 constexpr double kSoftcap = 15;
-constexpr int kWarmUps = 2;  // load kernels; a device tunes a product at its second use
+constexpr int kWarmUps = 3;  // load kernels; tune, at a product's second use; take the memory
 
 Tensor random_targets(Backend& backend, int64_t n, int64_t vocab) {
   Rng rng(1, 3);

@@ -15,10 +15,10 @@ struct LossTiming {
   double mean_nll = 0;      // about log V for these inputs: shows that something was computed
 };
 
-// h (N, C) normal, head (V, C) normal / sqrt(C), random targets, softcap 15. Two runs come first, to load
-// kernels and tune products; then `repeats` >= 1 are timed, each to the end of the device's work. As in a
-// training step of one batch, gradients are written and not added to what is there, and devices that can
-// record replay.
+// h (N, C) normal, head (V, C) normal / sqrt(C), random targets, softcap 15. Three runs come first, to load
+// kernels, tune products and take the memory; then `repeats` >= 1 are timed, each to the end of the device's
+// work. As in a training step of one batch, gradients are written and not added to what is there, and devices
+// that can record replay.
 LossTiming time_loss(Backend& backend, int64_t n, int64_t c, int64_t vocab, DType dtype,
                      const LossOptions& options, int repeats);
 
