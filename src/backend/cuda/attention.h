@@ -24,15 +24,16 @@ namespace flexchat::cuda {
 
 class CudaBackend;
 
-// Tiles to visit, on the device: AttentionBlocks. Undefined tensors: there is no mask.
+// Tiles to visit, on the device: AttentionBlocks. An undefined tensor: there is no mask.
 struct DeviceBlocks {
-  Tensor begin, entry, rank;  // i32
+  Tensor numbers;                // i32: row, entry, rank
+  int64_t entry = 0, rank = -1;  // where they begin; -1: none
   int64_t batch_rows = 1, head_rows = 1;
 };
 
 // Which tiles of keys each tile of queries visits, and the reverse.
 struct TileLists {
-  std::vector<int32_t> begin{0}, entry, rank;
+  std::vector<int32_t> begin, entry, rank;
   int64_t batch_rows = 1, head_rows = 1;
 };
 // Full and partial blocks of each query tile as one list, in the form of AttentionBlocks.
@@ -55,9 +56,11 @@ class CudaAttentionPlan final : public AttentionPlan {
 
   // Is this call one for the split-key pass?
   bool decodes() const;
-  // The kernel `entry` of a pass, for keys in pages or contiguous ones; looked up once a plan.
+  // The kernel `entry` of a pass, for keys in pages or contiguous ones; looked up once a plan. What is
+  // compiled for a forward comes with the other forward kernels and, if a backward will follow, with its
+  // kernels.
   const JitKernel& kernel(const Context& context, const char* pass, DType dtype, bool paged,
-                          const char* entry) const;
+                          const char* entry, bool backward_follows = false) const;
   // Lists for tiles of these sizes, of queries or (transposed) of keys.
   AttentionBlocks blocks(int64_t block_q, int64_t block_kv, bool transposed) const;
 
