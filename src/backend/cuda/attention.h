@@ -26,7 +26,7 @@ class CudaBackend;
 
 // Tiles to visit, on the device: AttentionBlocks. An undefined tensor: there is no mask.
 struct DeviceBlocks {
-  Tensor numbers;                // i32: row, entry, rank
+  Tensor numbers;                // i32: begin, entry, rank
   int64_t entry = 0, rank = -1;  // where they begin; -1: none
   int64_t batch_rows = 1, head_rows = 1;
 };
@@ -56,11 +56,9 @@ class CudaAttentionPlan final : public AttentionPlan {
 
   // Is this call one for the split-key pass?
   bool decodes() const;
-  // The kernel `entry` of a pass, for keys in pages or contiguous ones; looked up once a plan. What is
-  // compiled for a forward comes with the other forward kernels and, if a backward will follow, with its
-  // kernels.
+  // The kernel `entry` of a pass, for keys in pages or contiguous ones; looked up once a plan.
   const JitKernel& kernel(const Context& context, const char* pass, DType dtype, bool paged,
-                          const char* entry, bool backward_follows = false) const;
+                          const char* entry) const;
   // Lists for tiles of these sizes, of queries or (transposed) of keys.
   AttentionBlocks blocks(int64_t block_q, int64_t block_kv, bool transposed) const;
 

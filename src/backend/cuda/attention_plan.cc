@@ -20,6 +20,7 @@ Tensor upload_i32(Backend& backend, const std::vector<int64_t>& values) {
   const Shape shape = {static_cast<int64_t>(values.size())};
   return backend.to_device(Tensor::from<int64_t>(values, shape, DType::i32));
 }
+
 // A captured tensor as kernels read it. One that lies there already is used as it is, so that its values may
 // change between the plan and the launch.
 Tensor upload_capture(Backend& backend, const flex::Capture& capture, const Tensor& values) {
@@ -168,7 +169,7 @@ AttentionParams CudaAttentionPlan::params() const {
 }
 
 const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* pass, DType dtype, bool paged,
-                                           const char* entry, bool backward_follows) const {
+                                           const char* entry) const {
   const std::lock_guard lock(mutex_);
   const JitKernel*& kernel = kernels_[{entry, dtype, paged}];
   if (kernel == nullptr) {
@@ -187,12 +188,6 @@ const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* p
       others = {{source("forward"), "attention_forward"},
                 {source("decode"), "attention_decode"},
                 {source("decode"), "attention_decode_combine"}};
-    }
-    if (backward_follows) {
-      for (const char* of_backward :
-           {"attention_backward", "attention_backward_prepare", "attention_backward_finish"})
-        others.push_back({source("backward"), of_backward});
-      if (!mod_->gradients.empty()) others.push_back({source("backward"), "attention_backward_captures"});
     }
     kernel = &Jit::of(context).get(context, source(pass), entry, others);
   }
