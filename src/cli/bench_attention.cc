@@ -5,9 +5,11 @@
 #include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <sstream>
 
 #include "backend/device_options.h"
+#include "backend/jit_compiler.h"
 #include "backend/timing.h"
 #include "base/error.h"
 #include "base/options.h"
@@ -60,25 +62,25 @@ Tensor uniform(Backend& backend, Shape shape, DType dtype, double low, double hi
 }
 
 const std::vector<std::string>& mod_names() {
-  static const std::vector<std::string> names = {"sdpa",  "flex",    "window",   "documents",
+  static const std::vector<std::string> names = {"sdpa",  "flex",    "window",   "documents", "packed",
                                                  "alibi", "softcap", "synaptic", "none"};
   return names;
 }
 
-// All are causal, but "none".
+// All are causal, but "none"; "packed" has documents and a window.
 AttentionSpec spec_of(const std::string& mod, const AttentionShape& s, Backend& backend) {
   AttentionSpec spec;
   spec.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
   const auto v = flex::variables();
   if (mod == "none") return spec;
-  if (mod == "flex" || mod == "window" || mod == "documents") {
+  if (mod == "flex" || mod == "window" || mod == "documents" || mod == "packed") {
     spec.mask = flex::causal();
-    if (mod == "window") spec.mask = flex::causal() && flex::window(1024);
-    if (mod == "documents") {
+    if (mod == "window" || mod == "packed") spec.mask = *spec.mask && flex::window(1024);
+    if (mod == "documents" || mod == "packed") {
       const Tensor ids(host_arena(), {s.kv_len}, DType::i32);
       for (int64_t i = 0; i < s.kv_len; ++i)
         ids.set(i, static_cast<double>(i / std::max<int64_t>(s.kv_len / 8, 1)));
-      spec.mask = flex::causal() && flex::document(Capture("doc", {Axis::pos}, flex::Type::integer));
+      spec.mask = *spec.mask && flex::document(Capture("doc", {Axis::pos}, flex::Type::integer));
       spec.bindings.set("doc", ids);
     }
     return spec;
@@ -103,32 +105,52 @@ struct Row {
   std::string kernel, reason;
   double plan_ms = 0, forward_ms = 0, backward_ms = 0;
   double forward_flops = 0;  // products only; of the visible half where causal
+  double mask_ms = 0;        // the forward's lists of blocks, and emitting its expression; 0: no mask
   double bytes = 0;          // q, k, v and out once
   double extra_mb = 0;       // memory above inputs and outputs
 };
 
 // Causal attention counts half of the square, as the field does; the other masks are timed but not counted.
 double product_flops(const std::string& mod, const AttentionShape& s) {
-  if (mod == "window" || mod == "documents") return 0;
+  if (mod == "window" || mod == "documents" || mod == "packed") return 0;
   const auto q = static_cast<double>(s.q_len), kv = static_cast<double>(s.kv_len);
   const double visible = mod == "none" ? q * kv : q * (kv - q) + q * q / 2;
   return 4 * static_cast<double>(s.batch * s.n_head * s.head_dim) * visible;
 }
 
+// What one call reads and writes.
+struct Operands {
+  Tensor q, k, v, dout, out, dq, dk, dv, lse;
+
+  Operands(Backend& backend, const AttentionShape& s, DType dtype) {
+    const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
+    const auto random = [&](int64_t tokens, int64_t width, uint64_t stream) {
+      return uniform(backend, {s.batch, tokens, width}, dtype, -1.7, 1.7, stream);
+    };
+    q = random(s.q_len, q_width, 1);
+    k = random(s.kv_len, kv_width, 2);
+    v = random(s.kv_len, kv_width, 3);
+    dout = random(s.q_len, q_width, 4);
+    out = backend.empty(q.shape(), dtype);
+    dq = backend.empty(q.shape(), dtype);
+    dk = backend.empty(k.shape(), dtype);
+    dv = backend.empty(v.shape(), dtype);
+    lse = backend.empty({s.batch, s.n_head, s.q_len}, backend.master_dtype());
+    backend.synchronize();
+  }
+  // With `training` a backward may follow.
+  AttentionTensors tensors(bool training) const {
+    return {heads_view(q), heads_view(k), heads_view(v), heads_view(out), training ? &lse : nullptr, nullptr};
+  }
+  AttentionGradients gradients() const {
+    return {heads_view(dout), nullptr, heads_view(dq), heads_view(dk), heads_view(dv), {}};
+  }
+};
+
 Row time_attention(Backend& backend, const AttentionShape& s, const std::string& mod, DType dtype,
                    const std::string& kernel, bool backward, int repeats) {
   const AttentionSpec spec = spec_of(mod, s, backend);
-  const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
-  const auto random = [&](int64_t tokens, int64_t width, uint64_t stream) {
-    return uniform(backend, {s.batch, tokens, width}, dtype, -1.7, 1.7, stream);
-  };
-  const Tensor q = random(s.q_len, q_width, 1), k = random(s.kv_len, kv_width, 2),
-               v = random(s.kv_len, kv_width, 3);
-  const Tensor dout = random(s.q_len, q_width, 4);
-  const Tensor out = backend.empty(q.shape(), dtype), dq = backend.empty(q.shape(), dtype);
-  const Tensor dk = backend.empty(k.shape(), dtype), dv = backend.empty(v.shape(), dtype);
-  const Tensor lse = backend.empty({s.batch, s.n_head, s.q_len}, backend.master_dtype());
-  backend.synchronize();
+  const Operands operands(backend, s, dtype);
   const size_t before = backend.arena().stats().in_use;
   backend.arena().reset_peak();
   Row row;
@@ -137,19 +159,87 @@ Row time_attention(Backend& backend, const AttentionShape& s, const std::string&
                           backend, [&] { plan = backend.plan_attention(s, spec, kernel); }, 5, 0);
   row.kernel = plan->kernel();
   row.reason = plan->reason();
-  const AttentionTensors io{heads_view(q), heads_view(k), heads_view(v), heads_view(out), &lse, nullptr};
-  row.forward_ms = 1e3 * median_seconds(
-                             backend, [&] { backend.attention(*plan, io); }, repeats);
+  const AttentionTensors io = operands.tensors(backward);
+  const auto forward = [&] { backend.attention(*plan, io); };
+  row.forward_ms = 1e3 * median_seconds(backend, forward, repeats);
   if (backward) {
-    const AttentionGradients grads{heads_view(dout), nullptr,        heads_view(dq),
-                                   heads_view(dk),   heads_view(dv), {}};
+    const AttentionGradients grads = operands.gradients();
     row.backward_ms = 1e3 * median_seconds(
                                 backend, [&] { backend.attention_backward(*plan, io, grads); }, repeats);
   }
   row.extra_mb = static_cast<double>(backend.arena().stats().peak - before) / 1e6;
+  // A plan builds its lists of blocks when they are first needed: what a forward of its own adds to the
+  // plan's and the forward's time, nothing running beside it.
+  if (spec.mask) {
+    const double together = 1e3 * median_seconds(
+                                      backend,
+                                      [&] {
+                                        plan = backend.plan_attention(s, spec, kernel);
+                                        forward();
+                                        backend.synchronize();
+                                      },
+                                      repeats, 0);
+    const double alone = 1e3 * median_seconds(
+                                   backend,
+                                   [&] {
+                                     forward();
+                                     backend.synchronize();
+                                   },
+                                   repeats, 0);
+    row.mask_ms = std::max(0.0, together - alone);
+  }
   row.forward_flops = product_flops(mod, s);
-  row.bytes = static_cast<double>(2 * q.bytes() + k.bytes() + v.bytes());
+  row.bytes = static_cast<double>(2 * operands.q.bytes() + operands.k.bytes() + operands.v.bytes());
   return row;
+}
+
+// ---- first use ------------------------------------------------------------------------------------------
+
+// An expression that no cache has seen: causal with a window, and the score mod of the Synaptic GPT without
+// its captured tensors, all with constants of their own.
+AttentionSpec fresh_spec(const AttentionShape& s, uint64_t seed) {
+  const auto v = flex::variables();
+  const double unique = static_cast<double>(seed % (uint64_t{1} << 40)) * 0x1p-60;
+  AttentionSpec spec;
+  spec.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
+  spec.mask = flex::causal() && flex::window(static_cast<int64_t>(512 + seed % 1024));
+  spec.score_mod = v.score + flex::log((0.5 + unique) * flex::sigmoid(v.score) + 1e-6) -
+                   (0.1 + unique) * flex::abs(v.q - v.kv) / v.n_kv;
+  return spec;
+}
+
+struct FirstUse {
+  double forward_ms = 0, training_ms = 0;  // medians over expressions
+  JitCounters from;
+};
+
+// From an expression to its first result on the device: a forward alone, and forward and backward.
+FirstUse time_first_use(Backend& backend, const AttentionShape& s, DType dtype, const std::string& kernel,
+                        uint64_t seed, int64_t expressions) {
+  const Operands operands(backend, s, dtype);
+  const auto once = [&](uint64_t of, bool training) {
+    const auto start = std::chrono::steady_clock::now();
+    const auto plan = backend.plan_attention(s, fresh_spec(s, of), kernel);
+    backend.attention(*plan, operands.tensors(training));
+    if (training) backend.attention_backward(*plan, operands.tensors(true), operands.gradients());
+    backend.synchronize();
+    return 1e3 * std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  const auto median = [](std::vector<double> ms) {
+    std::nth_element(ms.begin(), ms.begin() + static_cast<int64_t>(ms.size() / 2), ms.end());
+    return ms[ms.size() / 2];
+  };
+  const JitCounters before = jit_counters();
+  std::vector<double> forward, training;
+  for (int64_t i = 0; i < expressions; ++i) {
+    forward.push_back(once(seed + static_cast<uint64_t>(2 * i), false));
+    training.push_back(once(seed + static_cast<uint64_t>(2 * i + 1), true));
+  }
+  const JitCounters after = jit_counters();
+  return {median(forward),
+          median(training),
+          {after.compiles - before.compiles, after.disk_hits - before.disk_hits,
+           after.embedded_hits - before.embedded_hits, after.memory_hits - before.memory_hits}};
 }
 
 struct AttentionBench {
@@ -157,7 +247,8 @@ struct AttentionBench {
   BenchOutput output;
   std::vector<std::string> shapes, mods = {"sdpa", "flex", "synaptic"};
   std::string kernel = "auto";
-  int64_t repeats = 15;
+  int64_t repeats = 15, first_use = 0;
+  std::optional<int64_t> first_use_seed;
   bool no_backward = false;
 
   void declare(Options& o) {
@@ -168,10 +259,43 @@ struct AttentionBench {
     o.add("--kernel", &kernel, "attention kernel");
     o.add("--repeats", &repeats, "samples; the median counts").at_least(1);
     o.add("--no-backward", &no_backward, "forward only");
+    o.add("--first-use", &first_use,
+          "instead, time the first use of so many new expressions for each shape: from expression to result")
+        .at_least(0);
+    o.add("--first-use-seed", &first_use_seed,
+          "which expressions; those of an earlier run are found in the cache on disk (default: new ones)")
+        .at_least(0);
     compute.declare(o);
     output.declare(o);
   }
+
+  int run_first_use(Backend& backend, Json summary) const;
 };
+
+int AttentionBench::run_first_use(Backend& backend, Json summary) const {
+  const uint64_t seed = first_use_seed ? static_cast<uint64_t>(*first_use_seed) : std::random_device{}();
+  Json rows = Json::array();
+  Table table({"shape", "dtype", "forward ms", "training ms", "compiled", "from disk"});
+  for (const std::string& text : shapes) {
+    const AttentionShape shape = parse_shape(text);
+    check(shape.q_len == shape.kv_len, "--first-use trains as well: '{}' must have as many queries as keys",
+          text);
+    const FirstUse r = time_first_use(backend, shape, compute.compute_dtype(), kernel, seed, first_use);
+    const std::string dtype(dtype_name(compute.compute_dtype()));
+    table.row({text, dtype, fmt::format("{:.1f}", r.forward_ms), fmt::format("{:.1f}", r.training_ms),
+               fmt::format("{}", r.from.compiles), fmt::format("{}", r.from.disk_hits)});
+    rows.push_back({{"shape", text},
+                    {"dtype", dtype},
+                    {"expressions", first_use},
+                    {"first_forward_ms", r.forward_ms},
+                    {"first_training_ms", r.training_ms},
+                    {"compiles", r.from.compiles},
+                    {"disk_hits", r.from.disk_hits}});
+  }
+  summary["first_use_seed"] = seed;
+  summary["rows"] = rows;
+  return output.finish(summary, table);
+}
 
 }  // namespace
 
@@ -186,9 +310,14 @@ int bench_attention(const Words& words) {
   }
   const auto backend = c.compute.open();
   if (c.shapes.empty()) c.shapes = {backend->arena().host() ? "1x8x8x1024x64" : "8x10x10x2048x128"};
+  Json summary = {{"result", "done"},
+                  {"repro", command_line()},
+                  {"device", backend->name()},
+                  {"options", options.to_json()}};
+  if (c.first_use > 0) return c.run_first_use(*backend, std::move(summary));
   Json rows = Json::array();
-  Table table(
-      {"shape", "mod", "kernel", "plan ms", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "extra MB"});
+  Table table({"shape", "mod", "kernel", "plan ms", "mask ms", "forward ms", "TFLOP/s", "backward ms",
+               "TFLOP/s", "extra MB"});
   for (const std::string& text : c.shapes) {
     const AttentionShape shape = parse_shape(text);
     const bool backward = !c.no_backward && shape.q_len == shape.kv_len;
@@ -200,14 +329,15 @@ int bench_attention(const Words& words) {
       const auto number = [](double x, const char* format) {
         return x > 0 ? fmt::format(fmt::runtime(format), x) : std::string("-");
       };
-      table.row({text, mod, r.kernel, number(r.plan_ms, "{:.3f}"), number(r.forward_ms, "{:.3f}"),
-                 number(forward, "{:.3g}"), number(r.backward_ms, "{:.3f}"), number(back, "{:.3g}"),
-                 number(r.extra_mb, "{:.1f}")});
+      table.row({text, mod, r.kernel, number(r.plan_ms, "{:.3f}"), number(r.mask_ms, "{:.3f}"),
+                 number(r.forward_ms, "{:.3f}"), number(forward, "{:.3g}"), number(r.backward_ms, "{:.3f}"),
+                 number(back, "{:.3g}"), number(r.extra_mb, "{:.1f}")});
       rows.push_back({{"shape", text},
                       {"mod", mod},
                       {"kernel", r.kernel},
                       {"reason", r.reason},
                       {"plan_ms", r.plan_ms},
+                      {"mask_ms", r.mask_ms},
                       {"forward_ms", r.forward_ms},
                       {"forward_tflops", forward},
                       {"forward_tb_s", r.bytes / r.forward_ms / 1e9},
@@ -216,11 +346,7 @@ int bench_attention(const Words& words) {
                       {"extra_mb", r.extra_mb}});
     }
   }
-  const Json summary = {{"result", "done"},
-                        {"repro", command_line()},
-                        {"device", backend->name()},
-                        {"options", options.to_json()},
-                        {"rows", rows}};
+  summary["rows"] = rows;
   return c.output.finish(summary, table);
 }
 

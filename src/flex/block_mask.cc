@@ -1,7 +1,11 @@
 // Quadtree construction of block masks.
+//
+// A mask is mostly a conjunction, and most regions are mixed because of one of its terms. So terms are
+// bounded one by one, and those that hold in a whole region are not asked again in its parts.
 #include "flex/block_mask.h"
 
 #include <algorithm>
+#include <bit>
 
 #include "base/error.h"
 #include "flex/interval.h"
@@ -14,6 +18,24 @@ enum State : uint8_t { empty = 0, full_block = 1, partial_block = 2 };
 // Query blocks classified together. Bounds the scratch memory to this many rows of blocks.
 constexpr int64_t stripe = 64;
 
+// Terms of a conjunction that are bounded one by one.
+constexpr size_t max_terms = 64;
+
+// What `mask` is the conjunction of.
+std::vector<Expr> split_terms(const Expr& mask) {
+  std::vector<Expr> terms = {mask};
+  for (size_t i = 0; i < terms.size();) {
+    const Expr term = terms[i];
+    if (term.node().op != Op::logical_and || terms.size() == max_terms) {
+      ++i;
+      continue;
+    }
+    terms[i] = term.node().args[0];
+    terms.push_back(term.node().args[1]);
+  }
+  return terms;
+}
+
 int64_t blocks_of(int64_t positions, int64_t block) { return (positions + block - 1) / block; }
 
 // A rectangle of blocks.
@@ -24,8 +46,8 @@ struct Region {
 // Classifies the blocks of one (b, h), a stripe at a time.
 class RowClassifier {
  public:
-  RowClassifier(IntervalAnalysis& analysis, const Extent& extent, int64_t b, const BlockMask& mask)
-      : analysis_(analysis),
+  RowClassifier(std::vector<IntervalAnalysis>& terms, const Extent& extent, int64_t b, const BlockMask& mask)
+      : terms_(terms),
         q_offset_(extent.q_offset(b)),
         q_len_(extent.q_len(b)),
         kv_len_(extent.kv_len(b)),
@@ -40,7 +62,7 @@ class RowClassifier {
     std::fill_n(states_, n_i * pitch_, uint8_t{empty});
     const int64_t existing_i = std::min(n_i, blocks_of(q_len_, block_q_) - i);
     const int64_t existing_j = blocks_of(kv_len_, block_kv_);
-    if (existing_i > 0 && existing_j > 0) descend({i, existing_i, 0, existing_j});
+    if (existing_i > 0 && existing_j > 0) descend({i, existing_i, 0, existing_j}, all_terms());
   }
 
  private:
@@ -55,22 +77,30 @@ class RowClassifier {
     }
   }
 
-  void descend(const Region& r) {
-    const Truth truth = analysis_.truth(positions(r));
-    if (truth == Truth::never) return;
-    if (truth == Truth::always) return fill(r, full_block);
+  uint64_t all_terms() const { return ~uint64_t{0} >> (max_terms - terms_.size()); }
+
+  // open: one bit for each term that has not been found to hold in all of a region around r.
+  void descend(const Region& r, uint64_t open) {
+    const Box box = positions(r);
+    for (uint64_t left = open; left != 0; left &= left - 1) {
+      const uint64_t lowest = left & (~left + 1);
+      const Truth truth = terms_[static_cast<size_t>(std::countr_zero(left))].truth(box);
+      if (truth == Truth::never) return;
+      if (truth == Truth::always) open &= ~lowest;
+    }
+    if (open == 0) return fill(r, full_block);
     if (r.n_i == 1 && r.n_j == 1) return fill(r, partial_block);
     // Halve the sides, but leave a side alone that is much shorter, so that pieces become square.
     const bool cut_i = r.n_i > 1 && 2 * r.n_i > r.n_j, cut_j = r.n_j > 1 && 2 * r.n_j > r.n_i;
     const int64_t half_i = cut_i ? r.n_i / 2 : r.n_i, half_j = cut_j ? r.n_j / 2 : r.n_j;
-    descend({r.i, half_i, r.j, half_j});
-    if (cut_j) descend({r.i, half_i, r.j + half_j, r.n_j - half_j});
+    descend({r.i, half_i, r.j, half_j}, open);
+    if (cut_j) descend({r.i, half_i, r.j + half_j, r.n_j - half_j}, open);
     if (!cut_i) return;
-    descend({r.i + half_i, r.n_i - half_i, r.j, half_j});
-    if (cut_j) descend({r.i + half_i, r.n_i - half_i, r.j + half_j, r.n_j - half_j});
+    descend({r.i + half_i, r.n_i - half_i, r.j, half_j}, open);
+    if (cut_j) descend({r.i + half_i, r.n_i - half_i, r.j + half_j, r.n_j - half_j}, open);
   }
 
-  IntervalAnalysis& analysis_;
+  std::vector<IntervalAnalysis>& terms_;
   int64_t q_offset_, q_len_, kv_len_, block_q_, block_kv_, pitch_;
   int64_t first_i_ = 0;
   uint8_t* states_ = nullptr;
@@ -166,12 +196,13 @@ BlockMask build_block_mask(const Expr& mask, const Bindings& bindings, const Ext
   result.n_batch = mask.uses(Var::b) || !extent.uniform() ? extent.n_batch : 1;
   result.n_head = mask.uses(Var::h) ? extent.n_head : 1;
 
-  IntervalAnalysis analysis(mask, bindings);
+  std::vector<IntervalAnalysis> terms;
+  for (const Expr& term : split_terms(mask)) terms.emplace_back(term, bindings);
   std::vector<uint8_t> states(static_cast<size_t>(std::min(stripe, result.n_q_blocks) * result.n_kv_blocks));
   for (int64_t b = 0; b < result.n_batch; ++b) {
     for (int64_t h = 0; h < result.n_head; ++h) {
-      analysis.set_row(b, h, extent.q_len(b), extent.kv_len(b));
-      RowClassifier classifier(analysis, extent, b, result);
+      for (IntervalAnalysis& term : terms) term.set_row(b, h, extent.q_len(b), extent.kv_len(b));
+      RowClassifier classifier(terms, extent, b, result);
       for (int64_t i = 0; i < result.n_q_blocks; i += stripe) {
         const int64_t n_i = std::min(stripe, result.n_q_blocks - i);
         classifier.classify(i, n_i, states);

@@ -15,6 +15,10 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 template <class T>
 void copy_strided(const Tensor& tensor, int64_t offset, int64_t stride, std::vector<double>& out) {
   const T* const data = tensor.as<T>() + offset;
+  if (stride == 1) {
+    std::copy(data, data + out.size(), out.begin());
+    return;
+  }
   for (size_t i = 0; i < out.size(); ++i)
     out[i] = static_cast<double>(data[static_cast<int64_t>(i) * stride]);
 }
@@ -53,11 +57,24 @@ RangeTable::MinMax RangeTable::hull(MinMax x, MinMax y) {
 }
 
 RangeTable::MinMax RangeTable::scan(int64_t first, int64_t end) const {
+  // Several at a time: one after the other each would wait for the last.
+  constexpr int64_t lanes = 8;
+  const double* const x = values_.data();
   MinMax result{infinity, -infinity};
-  for (int64_t i = first; i < end; ++i) {
-    const double x = values_[static_cast<size_t>(i)];
-    result = hull(result, {x, x});
+  int64_t i = first;
+  if (end - first >= lanes) {
+    double lo[lanes], hi[lanes];
+    for (int64_t k = 0; k < lanes; ++k) lo[k] = hi[k] = x[first + k];
+    for (i = first + lanes; i + lanes <= end; i += lanes) {
+      for (int64_t k = 0; k < lanes; ++k) {
+        const double value = x[i + k];
+        lo[k] = value < lo[k] ? value : lo[k];
+        hi[k] = value > hi[k] ? value : hi[k];
+      }
+    }
+    for (int64_t k = 0; k < lanes; ++k) result = hull(result, {lo[k], hi[k]});
   }
+  for (; i < end; ++i) result = hull(result, {x[i], x[i]});
   return result;
 }
 

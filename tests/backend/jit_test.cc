@@ -306,7 +306,8 @@ extern "C" __global__ void section(const __grid_constant__ AttentionParams p, fl
   }
 }
 
-// New shapes and lengths compile nothing once an expression has been used.
+// New shapes, lengths and page tables compile nothing once an expression has been used. FLEXCHAT_FUZZ_CASES:
+// how many.
 TEST(Jit, ShapesCompileNothing) {
   if (!cuda_available()) GTEST_SKIP() << "no CUDA device";
   const auto [score, b, h, q, kv, n_q, n_kv] = flex::variables();
@@ -316,24 +317,58 @@ TEST(Jit, ShapesCompileNothing) {
   spec.mask = flex::causal() && q % 5 != 3;
   spec.score_mod = 1.0625 * score - 0.03125 * abs(q - kv);
   Rng rng(3);
-  const auto run = [&](int64_t batch, int64_t n) {
-    const AttentionShape shape{
-        .batch = batch, .q_len = n, .kv_len = n, .n_head = 4, .n_kv_head = 2, .head_dim = 64};
-    const Tensor x = cuda->zeros({batch, n, 8 * 64}, DType::bf16),
-                 out = cuda->zeros({batch, n, 4 * 64}, DType::bf16);
-    const Tensor lse = cuda->zeros({batch, 4, n}, DType::f32);
-    const auto plan = cuda->plan_attention(shape, spec);
-    cuda->attention(*plan, {.q = heads_view(x),
-                            .k = heads_view(x, 4 * 64),
-                            .v = heads_view(x, 6 * 64),
-                            .out = heads_view(out),
-                            .lse = &lse});
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(rng.below(static_cast<uint64_t>(n))); };
+  const auto run = [&](int64_t batch, int64_t n, bool paged) {
+    constexpr int64_t page_size = 16, heads = 4, kv_heads = 2, d = 64;
+    AttentionShape shape{
+        .batch = batch, .q_len = n, .kv_len = n, .n_head = heads, .n_kv_head = kv_heads, .head_dim = d};
+    for (int64_t i = 0; i < batch; ++i) shape.kv_lens.push_back(1 + below(n));
+    shape.q_lens = shape.kv_lens;
+    AttentionSpec own = spec;
+    own.page_size = paged ? page_size : 0;
+    const int64_t pages = (n + page_size - 1) / page_size;
+    std::vector<int64_t> order(static_cast<size_t>(batch * pages));
+    for (size_t i = 0; i < order.size(); ++i) {
+      const auto other = static_cast<size_t>(below(static_cast<int64_t>(i) + 1));
+      order[i] = order[other];
+      order[other] = static_cast<int64_t>(i);
+    }
+    const Tensor table = cuda->to_device(Tensor::from<int64_t>(order, {batch, pages}, DType::i32));
+    const int64_t rows = paged ? batch * pages : batch, tokens = paged ? page_size : n;
+    const Tensor x = cuda->zeros({batch, n, heads * d}, DType::bf16), out = cuda->zeros(x.shape(), x.dtype());
+    const Tensor k = cuda->zeros({rows, tokens, kv_heads * d}, DType::bf16),
+                 v = cuda->zeros(k.shape(), k.dtype());
+    const Tensor lse = cuda->zeros({batch, heads, n}, DType::f32);
+    const auto plan = cuda->plan_attention(shape, own);
+    const AttentionTensors io{.q = heads_view(x),
+                              .k = heads_view(k),
+                              .v = heads_view(v),
+                              .out = heads_view(out),
+                              .lse = paged ? nullptr : &lse,
+                              .block_table = paged ? &table : nullptr};
+    cuda->attention(*plan, io);
+    if (paged) return;
+    const Tensor dq = cuda->zeros(x.shape(), x.dtype()), dk = cuda->zeros(k.shape(), k.dtype()),
+                 dv = cuda->zeros(k.shape(), k.dtype());
+    AttentionGradients grads;
+    grads.dout = heads_view(x);
+    grads.dq = heads_view(dq);
+    grads.dk = heads_view(dk);
+    grads.dv = heads_view(dv);
+    cuda->attention_backward(*plan, io, grads);
   };
-  const JitCounters first = counted([&] { run(1, 100); });
+  const JitCounters first = counted([&] {
+    run(1, 100, false);
+    run(1, 100, true);
+  });
   EXPECT_GE(first.compiles + first.disk_hits + first.embedded_hits + first.memory_hits, 1);
+  const char* const wanted = std::getenv("FLEXCHAT_FUZZ_CASES");
+  const int cases = wanted == nullptr ? 50 : std::stoi(wanted);
   const JitCounters others = counted([&] {
-    for (int i = 0; i < 50; ++i)
-      run(1 + static_cast<int64_t>(rng.below(3)), 1 + static_cast<int64_t>(rng.below(300)));
+    for (int i = 0; i < cases; ++i) {
+      const int64_t batch = 1 + below(3), longest = 1 + below(300);
+      run(batch, longest, i % 3 == 0);
+    }
   });
   EXPECT_EQ(others.compiles + others.disk_hits + others.embedded_hits, 0);
 }

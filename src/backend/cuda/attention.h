@@ -24,15 +24,16 @@ namespace flexchat::cuda {
 
 class CudaBackend;
 
-// Tiles to visit, on the device: AttentionBlocks. Undefined tensors: there is no mask.
+// Tiles to visit, on the device: AttentionBlocks. An undefined tensor: there is no mask.
 struct DeviceBlocks {
-  Tensor begin, entry, rank;  // i32
+  Tensor numbers;                // i32: begin, entry, rank
+  int64_t entry = 0, rank = -1;  // where they begin; -1: none
   int64_t batch_rows = 1, head_rows = 1;
 };
 
 // Which tiles of keys each tile of queries visits, and the reverse.
 struct TileLists {
-  std::vector<int32_t> begin{0}, entry, rank;
+  std::vector<int32_t> begin, entry, rank;
   int64_t batch_rows = 1, head_rows = 1;
 };
 // Full and partial blocks of each query tile as one list, in the form of AttentionBlocks.

@@ -20,11 +20,6 @@ Tensor upload_i32(Backend& backend, const std::vector<int64_t>& values) {
   const Shape shape = {static_cast<int64_t>(values.size())};
   return backend.to_device(Tensor::from<int64_t>(values, shape, DType::i32));
 }
-Tensor upload_i32(Backend& backend, const std::vector<int32_t>& values) {
-  Tensor host(host_arena(), {std::max<int64_t>(static_cast<int64_t>(values.size()), 1)}, DType::i32);
-  std::copy(values.begin(), values.end(), host.as<int32_t>());
-  return backend.to_device(host);
-}
 
 // A captured tensor as kernels read it. One that lies there already is used as it is, so that its values may
 // change between the plan and the launch.
@@ -56,16 +51,27 @@ void for_each_block(const flex::BlockMask& mask, int64_t row, const Visit& visit
   }
 }
 
+// Entries begin.. end - 1 are a list.
+void append_row(TileLists& lists, size_t begin, size_t end) {
+  const auto entry = [&](size_t i) { return begin + i < end ? lists.entry[begin + i] : 0; };
+  lists.begin.insert(lists.begin.end(),
+                     {static_cast<int32_t>(begin), static_cast<int32_t>(end - begin), entry(0), entry(1)});
+}
+
 }  // namespace
 
 TileLists query_tile_lists(const flex::BlockMask& mask) {
+  const int64_t rows = mask.n_batch * mask.n_head * mask.n_q_blocks;
   TileLists lists;
   lists.batch_rows = mask.n_batch;
   lists.head_rows = mask.n_head;
-  for (int64_t row = 0; row < mask.n_batch * mask.n_head * mask.n_q_blocks; ++row) {
+  lists.begin.reserve(static_cast<size_t>(4 * rows));
+  lists.entry.reserve(static_cast<size_t>(mask.full.count() + mask.partial.count()));
+  for (int64_t row = 0; row < rows; ++row) {
+    const size_t begin = lists.entry.size();
     for_each_block(mask, row,
                    [&](int32_t block, bool partial) { lists.entry.push_back(2 * block + partial); });
-    lists.begin.push_back(static_cast<int32_t>(lists.entry.size()));
+    append_row(lists, begin, lists.entry.size());
   }
   return lists;
 }
@@ -74,24 +80,35 @@ TileLists key_tile_lists(const flex::BlockMask& mask) {
   TileLists lists;
   lists.batch_rows = mask.n_batch;
   lists.head_rows = mask.n_head;
-  struct Visit {
-    int32_t entry, rank;
-  };
+  const auto n_kv = static_cast<size_t>(mask.n_kv_blocks);
+  lists.begin.reserve(4 * static_cast<size_t>(mask.n_batch * mask.n_head) * n_kv);
+  lists.entry.resize(static_cast<size_t>(mask.full.count() + mask.partial.count()));
+  lists.rank.resize(lists.entry.size());
+  // Counted first, so that every list has its place; query tiles then come in ascending order.
+  std::vector<size_t> place(n_kv + 1);
+  size_t end = 0;
   for (int64_t bh = 0; bh < mask.n_batch * mask.n_head; ++bh) {
-    std::vector<std::vector<Visit>> visits(static_cast<size_t>(mask.n_kv_blocks));
-    for (int64_t i = 0; i < mask.n_q_blocks; ++i) {
+    const auto for_each_row = [&](const auto& visit) {
+      for (int64_t i = 0; i < mask.n_q_blocks; ++i) visit(i, bh * mask.n_q_blocks + i);
+    };
+    std::fill(place.begin(), place.end(), 0);
+    for_each_row([&](int64_t, int64_t row) {
+      for (const int32_t block : mask.full.row(row)) ++place[static_cast<size_t>(block) + 1];
+      for (const int32_t block : mask.partial.row(row)) ++place[static_cast<size_t>(block) + 1];
+    });
+    place[0] = end;
+    for (size_t j = 0; j < n_kv; ++j) place[j + 1] += place[j];
+    const std::vector<size_t> begin = place;
+    end = place[n_kv];
+    for_each_row([&](int64_t i, int64_t row) {
       int32_t rank = 0;
-      for_each_block(mask, bh * mask.n_q_blocks + i, [&](int32_t block, bool partial) {
-        visits[static_cast<size_t>(block)].push_back({static_cast<int32_t>(2 * i + partial), rank++});
+      for_each_block(mask, row, [&](int32_t block, bool partial) {
+        const size_t at = place[static_cast<size_t>(block)]++;
+        lists.entry[at] = static_cast<int32_t>(2 * i + partial);
+        lists.rank[at] = rank++;
       });
-    }
-    for (const auto& list : visits) {
-      for (const Visit& visit : list) {
-        lists.entry.push_back(visit.entry);
-        lists.rank.push_back(visit.rank);
-      }
-      lists.begin.push_back(static_cast<int32_t>(lists.entry.size()));
-    }
+    });
+    for (size_t j = 0; j < n_kv; ++j) append_row(lists, begin[j], begin[j + 1]);
   }
   return lists;
 }
@@ -167,9 +184,7 @@ const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* p
     };
     // Which of the two forward kernels runs is a matter of lengths, which change from call to call.
     std::vector<JitEntry> others;
-    if (std::string_view(pass) == "forward") {
-      others = {{source("decode"), "attention_decode"}, {source("decode"), "attention_decode_combine"}};
-    } else if (std::string_view(pass) == "decode") {
+    if (std::string_view(pass) != "backward") {
       others = {{source("forward"), "attention_forward"},
                 {source("decode"), "attention_decode"},
                 {source("decode"), "attention_decode_combine"}};
@@ -183,20 +198,26 @@ AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, boo
   if (!spec().mask) return {};
   const std::lock_guard lock(mutex_);
   DeviceBlocks& device = blocks_[{block_q, block_kv, transposed ? 1 : 0}];
-  if (!device.begin.defined()) {
+  if (!device.numbers.defined()) {
     const flex::BlockMask mask =
         flex::build_block_mask(whole_mask(spec()), spec().bindings, shape().extent(), block_q, block_kv);
-    const TileLists lists = transposed ? key_tile_lists(mask) : query_tile_lists(mask);
     check(mask.full.count() + mask.partial.count() < (int64_t{1} << 30),
           "attention: the mask visits {} tiles; at most 2^30 are allowed",
           mask.full.count() + mask.partial.count());
-    device.entry = upload_i32(backend_, lists.entry);
-    if (transposed) device.rank = upload_i32(backend_, lists.rank);
+    const TileLists lists = transposed ? key_tile_lists(mask) : query_tile_lists(mask);
+    const auto size = [](const std::vector<int32_t>& list) { return static_cast<int64_t>(list.size()); };
+    device.entry = size(lists.begin);
+    if (transposed) device.rank = device.entry + size(lists.entry);
     device.batch_rows = lists.batch_rows;
     device.head_rows = lists.head_rows;
-    device.begin = upload_i32(backend_, lists.begin);
+    const Tensor host(host_arena(), {device.entry + size(lists.entry) + size(lists.rank) + 1}, DType::i32);
+    int32_t* to = host.as<int32_t>();
+    for (const std::vector<int32_t>* list : {&lists.begin, &lists.entry, &lists.rank})
+      to = std::copy(list->begin(), list->end(), to);
+    device.numbers = backend_.to_device(host);
   }
-  return {device.begin.as<int>(), device.entry.as<int>(), transposed ? device.rank.as<int>() : nullptr,
+  const int* numbers = device.numbers.as<int>();
+  return {numbers, numbers + device.entry, device.rank < 0 ? nullptr : numbers + device.rank,
           static_cast<int>(device.batch_rows), static_cast<int>(device.head_rows)};
 }
 

@@ -1,6 +1,8 @@
 #include "backend/cuda/jit.h"
 
 #include <exception>
+#include <set>
+#include <vector>
 
 #include "backend/cuda/aot.h"
 #include "base/error.h"
@@ -21,25 +23,34 @@ Jit& Jit::of(const Context& context) {
 Jit::Jit(const DeviceInfo& device)
     : device_(device), compiler_(device.major, device.minor, embedded_cubins()) {}
 
-const JitKernel* Jit::find(const std::pair<std::string, std::string>& key) {
-  const std::lock_guard lock(mutex_);
-  const auto found = kernels_.find(key);
-  return found == kernels_.end() ? nullptr : found->second.get();
+// A key is computed from all headers, which takes longer than some launches, so that known kernels are found
+// by what is cheap to compare; the headers, whose texts live as long as the program, by where they lie.
+std::string Jit::quick_key(const JitSource& source, const std::string& entry) {
+  std::string key = fmt::format("{} {}", static_cast<const void*>(source.headers.data()), entry);
+  for (const std::string& option : source.options) key += ' ' + option;
+  return key + '\n' + source.text;
 }
 
 const JitKernel& Jit::get(const Context& context, const JitSource& source, const std::string& entry,
                           std::span<const JitEntry> companions) {
-  if (const JitKernel* kernel = find({jit_key(source, compiler_.arch()), entry})) {
-    JitCompiler::count_memory_hit();
-    return *kernel;
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto found = quick_.find(quick_key(source, entry)); found != quick_.end()) {
+      JitCompiler::count_memory_hit();
+      return *found->second;
+    }
   }
   context.forbid_in_capture("loading a kernel");
-  const auto n = static_cast<int64_t>(companions.size());
-  if (n > 0) {
-    parallel_for(n + 1, 1, [&](int64_t begin, int64_t end) {
+  std::vector<const JitSource*> sources = {&source};  // each once
+  std::set<std::string> keys = {jit_key(source, compiler_.arch())};
+  for (const JitEntry& companion : companions) {
+    if (keys.insert(jit_key(companion.source, compiler_.arch())).second) sources.push_back(&companion.source);
+  }
+  if (sources.size() > 1) {
+    parallel_for(static_cast<int64_t>(sources.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         try {
-          compiler_.cubin(i == 0 ? source : companions[static_cast<size_t>(i - 1)].source);
+          compiler_.cubin(*sources[static_cast<size_t>(i)]);
         } catch (const std::exception&) {  // asked again below, where errors may be thrown
         }
       }
@@ -56,6 +67,7 @@ const JitKernel& Jit::get_loaded(const JitSource& source, const std::string& ent
   const std::lock_guard lock(mutex_);
   std::unique_ptr<JitKernel>& place = kernels_[key];
   if (place == nullptr) place = std::make_unique<JitKernel>(load(key.first, cubin, entry));
+  quick_[quick_key(source, entry)] = place.get();
   return *place;
 }
 

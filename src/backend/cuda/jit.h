@@ -10,6 +10,7 @@
 #include <mutex>
 #include <span>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "backend/cuda/runtime.h"
@@ -48,7 +49,7 @@ class Jit {
 
  private:
   explicit Jit(const DeviceInfo& device);
-  const JitKernel* find(const std::pair<std::string, std::string>& key);
+  static std::string quick_key(const JitSource& source, const std::string& entry);
   const JitKernel& get_loaded(const JitSource& source, const std::string& entry);
   JitKernel load(const std::string& key, const std::string& cubin, const std::string& entry);
 
@@ -57,6 +58,7 @@ class Jit {
   std::mutex mutex_;
   std::map<std::string, cudaLibrary_t> libraries_;  // by key; kept for good, kernels in flight need them
   std::map<std::pair<std::string, std::string>, std::unique_ptr<JitKernel>> kernels_;  // by key and entry
+  std::unordered_map<std::string, const JitKernel*> quick_;                            // by quick_key
 };
 
 // Launches with arguments as they lie in `arguments`, one pointer for each parameter.

@@ -28,20 +28,39 @@ ATTENTION_DEVICE KeyRange key_range(const AttentionParams& p, const Row& row, in
   return r;
 }
 
+// A call with a mask expression has lists of tiles, and only such a call.
+constexpr bool kHasLists = MOD_HAS_MASK;
+
 // The key tiles that queries q_first..q_last (logical positions) visit, or, transposed, the query tiles.
 struct TileWalk {
-  const int* entry;  // null: tiles first, first + 1, ...
+  const int* entry;  // kHasLists; otherwise tiles first, first + 1, ...
   int first, count;
-  ATTENTION_DEVICE int at(int i) const { return entry ? __ldg(entry + i) : 2 * (first + i); }
+  int entries[2];  // kHasLists: the first two
 };
 ATTENTION_DEVICE TileWalk list_walk(const AttentionBlocks& blocks, const Row& row, int tiles, int i) {
   const int r =
       ((blocks.batch_rows == 1 ? 0 : row.b) * blocks.head_rows + (blocks.head_rows == 1 ? 0 : row.h)) *
           tiles +
       i;
-  const int begin = __ldg(blocks.begin + r);
-  return {blocks.entry + begin, 0, __ldg(blocks.begin + r + 1) - begin};
+  const int4 list = __ldg(reinterpret_cast<const int4*>(blocks.begin) + r);
+  return {blocks.entry + list.x, 0, list.y, {list.z, list.w}};
 }
+// Part of a list, one number in each lane: a warp that asked memory for each number when its turn comes would
+// stand still until it arrives. For whole warps.
+template <bool from_end>
+struct ListReader {
+  int numbers;
+  // Numbers i.. of `list`, which has `count`; from_end: counted from its end.
+  ATTENTION_DEVICE void load(const int* list, int count, int i) {
+    const int at = min(i + static_cast<int>(threadIdx.x % 32), count - 1);
+    numbers = __ldg(list + (from_end ? count - 1 - at : at));
+  }
+  // Number i, which goes up by one from call to call.
+  ATTENTION_DEVICE int operator()(const int* list, int count, int i) {
+    if (i % 32 == 0) load(list, count, i);
+    return __shfl_sync(~0u, numbers, i % 32);
+  }
+};
 // Is any element of keys kv.. kv + n - 1 hidden from q_first or q_last by lengths and the built-in mask?
 ATTENTION_DEVICE bool crosses_border(const AttentionParams& p, const Row& row, int q_first, int q_last,
                                      int kv, int n) {
@@ -73,6 +92,10 @@ ATTENTION_DEVICE DropoutBits dropout_bits(unsigned long long seed, int b, int h,
 // How a loop over the chunks of a tile is compiled: unrolled; rolled, which compiles fastest; or quick, which
 // is rolled for tiles that are not full and unrolled, with fewer instructions, for those that are.
 enum class Loop { unrolled, rolled, quick };
+template <Loop kind>
+struct LoopTag {
+  static constexpr Loop loop = kind;
+};
 
 // Starts copies of `rows` rows of one head to a tile; rows past `valid` become zeros, unread.
 template <int rows, int threads, Loop loop = Loop::unrolled>
@@ -135,14 +158,14 @@ template <int columns, int m_tiles, int n_tiles>
 ATTENTION_DEVICE void store_tile(unsigned tile, const float (&acc)[m_tiles][n_tiles][4],
                                  const float (&factor)[m_tiles][2], int row, int column, int lane) {
   using T = Tile<columns>;
+  const typename T::Line line = T::lane_line(tile, row + lane / 4, lane);
 #pragma unroll
   for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
     for (int n = 0; n < n_tiles; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const unsigned to =
-            tile + T::element_offset(row + 16 * m + 8 * i + lane / 4, column + 8 * n + 2 * (lane % 4));
+        const unsigned to = line.at(16 * m + 8 * i, (column / 8 + n) * T::chunks_of_8);
         const float x = acc[m][n][2 * i] * factor[m][i], y = acc[m][n][2 * i + 1] * factor[m][i];
         if constexpr (kExact)
           store_shared(to, x, y);
@@ -159,8 +182,9 @@ ATTENTION_DEVICE void write_rows(unsigned tile, int row, void* data, long long s
   using T = Tile<kHeadDim>;
   constexpr int total = rows * T::chunks;
 #pragma unroll 4
-  for (int at = thread; at < total; at += threads) {
-    const int r = row + at / T::chunks, chunk = at % T::chunks;
+  for (int i = 0; i < (total + threads - 1) / threads; ++i) {
+    const int at = i * threads + thread, r = row + at / T::chunks, chunk = at % T::chunks;
+    if (total % threads != 0 && at >= total) break;
     if (r < valid)
       *reinterpret_cast<float4*>(static_cast<char*>(data) + r * stride * kElementBytes + chunk * 16) =
           load_shared4(tile + T::chunk_offset(r, chunk));

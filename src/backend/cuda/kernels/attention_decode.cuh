@@ -28,7 +28,7 @@ ATTENTION_DEVICE Query query(const AttentionParams& p, int kv_head, int row) {
   return {kv_head * group + row % group, row / group};
 }
 
-// s (16 x 16) becomes scores in base 2, -inf where hidden.
+// s (16 x 16) becomes scores, -inf where hidden.
 ATTENTION_DEVICE void scores(const AttentionParams& p, int b, int kv_head, int row0, int kv,
                              float (&s)[1][kN][4], int lane) {
 #pragma unroll
@@ -52,13 +52,14 @@ ATTENTION_DEVICE void scores(const AttentionParams& p, int b, int kv_head, int r
         if (MOD_HAS_SCORE) x = mod_score(context, head, mod, column, x, q, inside);
         const bool seen = exists && key >= range.first && key < range.end &&
                           mod_mask(context, head, mod, column, q, inside);
-        x = seen ? x * kLog2e : negative_infinity();
+        if (!seen) x = negative_infinity();
       }
   }
 }
 
 struct State {
-  float out[1][kD][4], max[2], sum[2];
+  float out[1][kD][4];
+  float max[2], sum[2];  // max in base 2
 };
 
 ATTENTION_DEVICE void softmax(State& state, float (&s)[1][kN][4]) {
@@ -66,7 +67,7 @@ ATTENTION_DEVICE void softmax(State& state, float (&s)[1][kN][4]) {
   for (int i = 0; i < 2; ++i) {
     float top = state.max[i];
 #pragma unroll
-    for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]));
+    for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[0][n][2 * i], s[0][n][2 * i + 1]) * kLog2e);
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     const float base = top == negative_infinity() ? 0.0f : top, factor = exp2_fast(state.max[i] - base);
@@ -77,7 +78,7 @@ ATTENTION_DEVICE void softmax(State& state, float (&s)[1][kN][4]) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[0][n][2 * i + e];
-        x = exp2_fast(x - base);
+        x = exp2_fast(fmaf(x, kLog2e, -base));
         sum += x;
       }
     state.sum[i] = fmaf(state.sum[i], factor, sum);
@@ -116,6 +117,7 @@ ATTENTION_DEVICE Place find(const AttentionParams& p, const Row& row, int kv, in
           key - page * p.page_size};
 }
 // Starts copies of keys or values kv.. kv + 15 by one warp.
+template <Loop loop>
 ATTENTION_DEVICE void load_cached(unsigned tile, const AttentionParams& p, const AttentionView& view,
                                   const Row& row, int kv_head, int kv, const Place& place, int lane) {
   if constexpr (ATTENTION_PAGED) {
@@ -133,7 +135,7 @@ ATTENTION_DEVICE void load_cached(unsigned tile, const AttentionParams& p, const
                  ok);
     }
   } else {
-    load_keys<kKeys, 32>(tile, p, view, row, kv_head, kv, lane);
+    load_keys<kKeys, 32, loop>(tile, p, view, row, kv_head, kv, lane);
   }
 }
 
@@ -160,19 +162,23 @@ ATTENTION_DEVICE void merge(Merged& merged, State& state, int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float top = negative_infinity();
+#pragma unroll 1
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, merged.max[w][8 * i + lane / 4]);
     factor[i] = top == negative_infinity() ? 0.0f : exp2_fast(state.max[i] - top);
   }
+#pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     if (w == warp) {
 #pragma unroll
-      for (int n = 0; n < kD; ++n)
+      for (int i = 0; i < 2; ++i) {
+        auto* const to = reinterpret_cast<float2*>(&merged.out[8 * i + lane / 4][2 * (lane % 4)]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& to = merged.out[8 * (e / 2) + lane / 4][8 * n + 2 * (lane % 4) + e % 2];
-          const float x = state.out[0][n][e] * factor[e / 2];
-          to = w == 0 ? x : to + x;
+        for (int n = 0; n < kD; ++n) {
+          const float2 before = w == 0 ? float2{0, 0} : to[4 * n];
+          to[4 * n] = {fmaf(state.out[0][n][2 * i], factor[i], before.x),
+                       fmaf(state.out[0][n][2 * i + 1], factor[i], before.y)};
         }
+      }
     }
     __syncthreads();
   }
@@ -205,6 +211,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads)
                  mine = q_tile + 16 * kRowBytes + warp * kStages * 2 * kTileBytes;
   const Row any = make_row(p, b, kv_head * group);
 
+#pragma unroll 1
   for (int at = thread; at < 16 * Tile<kHeadDim>::chunks; at += kThreads) {
     const int r = at / Tile<kHeadDim>::chunks, chunk = at % Tile<kHeadDim>::chunks;
     const Query row = query(p, kv_head, row0 + r);
@@ -227,16 +234,17 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads)
   }
   const int kv0 = first + warp * kKeys, step = kKeys * kWarps;
   Place place = find(p, any, kv0, lane);
-  const auto load = [&](int kv, int stage) {
+  const auto load = [&](auto as, int kv, int stage) {
     if (kv < end) {
-      load_cached(mine + stage * 2 * kTileBytes, p, p.k, any, kv_head, kv, place, lane);
-      load_cached(mine + stage * 2 * kTileBytes + kTileBytes, p, p.v, any, kv_head, kv, place, lane);
+      const unsigned to = mine + stage * 2 * kTileBytes;
+      load_cached<decltype(as)::loop>(to, p, p.k, any, kv_head, kv, place, lane);
+      load_cached<decltype(as)::loop>(to + kTileBytes, p, p.v, any, kv_head, kv, place, lane);
     }
     copy_commit();
     place = find(p, any, kv + step, lane);
   };
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) load(kv0 + s * step, s);
+#pragma unroll 1
+  for (int s = 0; s < kStages - 1; ++s) load(LoopTag<Loop::rolled>{}, kv0 + s * step, s);
   copy_wait<kStages - 1>();
   __syncthreads();  // the queries have arrived
 
@@ -247,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads)
   for (int kv = kv0; kv < end; kv += step) {
     copy_wait<kStages - 2>();
     __syncwarp();
-    load(kv + (kStages - 1) * step, (stage + kStages - 1) % kStages);
+    load(LoopTag<Loop::unrolled>{}, kv + (kStages - 1) * step, (stage + kStages - 1) % kStages);
     float s[1][kN][4] = {};
     const unsigned k_tile = mine + stage * 2 * kTileBytes;
     product_nt<kHeadDim>(s, q_tile, 0, k_tile, 0, lane);
@@ -263,11 +271,14 @@ extern "C" __global__ void __launch_bounds__(decode::kThreads)
   Merged& merged = *reinterpret_cast<Merged*>(shared);
   merge(merged, state, warp, lane);
 
+#pragma unroll 1
   for (int r = warp; r < 16; r += kWarps) {
     const Query at = query(p, kv_head, row0 + r);
     if (at.q >= p.q_len) continue;
     float top = negative_infinity(), sum = 0;
+#pragma unroll 1
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, merged.max[w][r]);
+#pragma unroll 1
     for (int w = 0; w < kWarps; ++w)
       if (merged.max[w][r] != negative_infinity())
         sum += merged.sum[w][r] * exp2_fast(merged.max[w][r] - top);

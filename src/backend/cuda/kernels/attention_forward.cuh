@@ -17,7 +17,6 @@ constexpr int kM = kTile.m_tiles, kN = kBlockKv / 8, kD = kHeadDim / 8;
 constexpr int kTileBytes = kBlockKv * Tile<kHeadDim>::row_bytes;
 // Below, registers are dearer.
 constexpr Loop kLoop = !kExact && kHeadDim > 64 ? Loop::quick : Loop::unrolled;
-constexpr Loop kFirstLoop = kLoop == Loop::quick ? Loop::rolled : Loop::unrolled;
 // By how much a row's scores may grow, in base 2, before its sums follow: weights then stay below 2^8, and
 // almost no tile after the first has to touch the sums.
 constexpr float kSlack = kExact ? 0.0f : 8.0f;
@@ -37,12 +36,12 @@ struct State {
 };
 
 ATTENTION_DEVICE TileWalk walk(const AttentionParams& p, const Row& row, int tile, int q_first, int q_last) {
-  if (p.blocks.begin) return list_walk(p.blocks, row, (p.q_len + kBlockQ - 1) / kBlockQ, tile);
+  if constexpr (kHasLists) return list_walk(p.blocks, row, (p.q_len + kBlockQ - 1) / kBlockQ, tile);
   const int first = key_range(p, row, q_first).first / kBlockKv, end = key_range(p, row, q_last).end;
-  return {nullptr, first, max(0, (end + kBlockKv - 1) / kBlockKv - first)};
+  return {nullptr, first, max(0, (end + kBlockKv - 1) / kBlockKv - first), {2 * first, 2 * first + 2}};
 }
 
-// s becomes the mod's score in base 2.
+// s becomes the mod's score: in base 2, but in f32 as it is, for times log2(e) it would be rounded once more.
 ATTENTION_DEVICE void apply_mod(const AttentionParams& p, const Row& row, const ModContext& context,
                                 const ModHead& head, const State& state, const Columns& columns,
                                 float (&s)[kM][kN][4], int q_warp, int kv, int lane) {
@@ -60,7 +59,7 @@ ATTENTION_DEVICE void apply_mod(const AttentionParams& p, const Row& row, const 
           const ModQ& mq = state.mod[m][i];
           float& x = s[m][n][2 * i + e];
           if (kExact)
-            x = mod_score(context, head, mq, mod, x * p.scale, q, key) * kLog2e;
+            x = mod_score(context, head, mq, mod, x * p.scale, q, key);
           else
             x = mod_score_base2(context, head, mq, mod, x * p.scale, x * (p.scale * kLog2e), q, key);
         }
@@ -76,24 +75,41 @@ ATTENTION_DEVICE void scale_scores(float (&s)[kM][kN][4], float factor) {
       for (int e = 0; e < 4; ++e) s[m][n][e] *= factor;
 }
 
-// s becomes -inf where the key is hidden.
-ATTENTION_DEVICE void apply_mask(const AttentionParams& p, const Row& row, const ModContext& context,
-                                 const ModHead& head, const State& state, const Columns& columns,
-                                 float (&s)[kM][kN][4], int q_warp, int kv, int lane) {
+// s becomes -inf where lengths or the built-in mask hide the key.
+ATTENTION_DEVICE void apply_range(const AttentionParams& p, const Row& row, float (&s)[kM][kN][4], int q_warp,
+                                  int kv, int lane) {
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
       const KeyRange range = key_range(p, row, q);
+      const int column = kv + 2 * (lane % 4), first = range.first - column, end = range.end - column;
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * n + 2 * (lane % 4) + e, key = kv + column, inside = min(key, row.n_kv - 1);
-          const bool seen = key >= range.first && key < range.end &&
-                            mod_mask(context, head, state.mod[m][i], columns.of(column), q, inside);
-          if (!seen) s[m][n][2 * i + e] = negative_infinity();
+        for (int e = 0; e < 2; ++e)
+          if (8 * n + e < first || 8 * n + e >= end) s[m][n][2 * i + e] = negative_infinity();
+    }
+}
+
+// s becomes -inf where the expression hides the key.
+ATTENTION_DEVICE void apply_mask(const Row& row, const ModContext& context, const ModHead& head,
+                                 const State& state, const Columns& columns, float (&s)[kM][kN][4],
+                                 int q_warp, int kv, int lane) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * n + 2 * (lane % 4) + e, key = min(kv + column, row.n_kv - 1);
+      const ModKv mod = columns.of(column);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
+          if (!mod_mask(context, head, state.mod[m][i], mod, q, key))
+            s[m][n][2 * i + e] = negative_infinity();
         }
     }
 }
@@ -174,10 +190,11 @@ ATTENTION_DEVICE void add_values(const AttentionParams& p, const Row& row, State
     for (int i = 0; i < 2; ++i) state.sum[m][i] += sum[m][i];
 }
 
-// Divides by the sums and writes out and lse; rows that do not exist in a shorter batch row are zeros.
+// Divides by the sums and writes out and lse; rows that do not exist in a shorter batch row are zeros. Of the
+// four lanes that hold a query's sums, one divides and takes the logarithm: lane j those of query j.
 ATTENTION_DEVICE void finish(const AttentionParams& p, const Row& row, State& state, unsigned tile, int q0,
                              int q_warp, int warp, int lane) {
-  float factor[kM][2];
+  float top = 0, total = 0;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -185,16 +202,24 @@ ATTENTION_DEVICE void finish(const AttentionParams& p, const Row& row, State& st
       float sum = state.sum[m][i];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      const int q = q_warp + 16 * m + 8 * i + lane / 4;
-      const bool seen = sum > 0 && q < row.n_q;
-      factor[m][i] = seen ? (ATTENTION_DROPOUT ? p.dropout_scale : 1.0f) / sum : 0.0f;
-      if (p.lse && lane % 4 == 0 && q < p.q_len) {
-        const float lse =
-            kExact ? state.max[m][i] * kLn2 + logf(sum) : (state.max[m][i] + __log2f(sum)) * kLn2;
-        p.lse[(static_cast<long long>(row.b) * p.n_head + row.h) * p.q_len + q] =
-            seen ? lse : negative_infinity();
+      if (lane % 4 == 2 * m + i) {
+        top = state.max[m][i];
+        total = sum;
       }
     }
+  const int j = lane % 4, q = q_warp + 8 * j + lane / 4;
+  const bool seen = total > 0 && q < row.n_q;
+  const float scale = seen ? (ATTENTION_DROPOUT ? p.dropout_scale : 1.0f) / total : 0.0f;
+  if (p.lse && j < 2 * kM && q < p.q_len) {
+    const float lse = kExact ? fmaf(top, kLn2, logf(total)) : (top + __log2f(total)) * kLn2;
+    p.lse[(static_cast<long long>(row.b) * p.n_head + row.h) * p.q_len + q] =
+        seen ? lse : negative_infinity();
+  }
+  float factor[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) factor[m][i] = __shfl_sync(~0u, scale, (lane & ~3) | (2 * m + i));
   constexpr int rows = 16 * kM;
   store_tile<kHeadDim>(tile, state.out, factor, warp * rows, 0, lane);
   __syncwarp();
@@ -220,8 +245,15 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
 
   const unsigned q_tile = shared_address(shared);
   const unsigned k_tile = q_tile + kBlockQ * Tile<kHeadDim>::row_bytes, v_tile = k_tile + 2 * kTileBytes;
-  TileWalk tile_walk{nullptr, 0, 0};
-  if (q0 < row.n_q && row.n_kv > 0) tile_walk = walk(p, row, tile, q_first, q_last);
+  TileWalk tile_walk{};
+  if (q0 < row.n_q && row.n_kv > 0) {
+    tile_walk = walk(p, row, tile, q_first, q_last);
+    const char* q_data = static_cast<const char*>(p.q.data) +
+                         (row.b * p.q.batch + row.h * p.q.head + q0 * p.q.token) * kElementBytes;
+    load_rows<kBlockQ, kThreads, Loop::rolled>(q_tile, q_data, p.q.token, row.n_q - q0, thread);
+  }
+  int entry = tile_walk.entries[0], entry_next = tile_walk.entries[1];
+  ListReader<false> list{};
 
   const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
   ModHead head{};
@@ -231,13 +263,11 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
 #pragma unroll
     for (int i = 0; i < 2; ++i) state.max[m][i] = negative_infinity();
   if (tile_walk.count > 0) {
-    const char* q_data = static_cast<const char*>(p.q.data) +
-                         (row.b * p.q.batch + row.h * p.q.head + q0 * p.q.token) * kElementBytes;
-    load_rows<kBlockQ, kThreads, kFirstLoop>(q_tile, q_data, p.q.token, row.n_q - q0, thread);
-    const int kv = (tile_walk.at(0) >> 1) * kBlockKv;
-    load_keys<kBlockKv, kThreads, kFirstLoop>(k_tile, p, p.k, row, kv_head, kv, thread);
-    load_keys<kBlockKv, kThreads, kFirstLoop>(v_tile, p, p.v, row, kv_head, kv, thread);
+    const int kv = (entry >> 1) * kBlockKv;
+    load_keys<kBlockKv, kThreads, Loop::rolled>(k_tile, p, p.k, row, kv_head, kv, thread);
+    load_keys<kBlockKv, kThreads, Loop::rolled>(v_tile, p, p.v, row, kv_head, kv, thread);
     copy_commit();
+    if (kHasLists) list.load(tile_walk.entry, tile_walk.count, 0);
     head = mod_head(context);
     if (kHasColumns && thread < kBlockKv)
       columns[0].at[thread] = mod_kv(context, head, min(kv + thread, row.n_kv - 1));
@@ -250,13 +280,12 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
   }
 
   // What turns scores into base 2 after their maximum is taken, so it must not be negative.
-  const float unit = MOD_HAS_SCORE || p.scale <= 0 ? 1.0f : p.scale * kLog2e;
-  int entry = tile_walk.count > 0 ? tile_walk.at(0) : 0,
-      entry_next = tile_walk.count > 1 ? tile_walk.at(1) : 0;
+  const float unit = MOD_HAS_SCORE ? (kExact ? kLog2e : 1.0f) : p.scale <= 0 ? 1.0f : p.scale * kLog2e;
 #pragma unroll 1
   for (int t = 0; t < tile_walk.count; ++t) {
     const int kv = (entry >> 1) * kBlockKv, stage = t & 1;
-    const int entry_after = t + 2 < tile_walk.count ? tile_walk.at(t + 2) : 0;
+    int entry_after = 2 * (tile_walk.first + t + 2);
+    if (kHasLists && t + 2 < tile_walk.count) entry_after = list(tile_walk.entry, tile_walk.count, t + 2);
     const bool more = t + 1 < tile_walk.count;
     copy_wait<0>();
     __syncthreads();  // this tile has arrived, and every warp is done with the buffers filled next
@@ -273,15 +302,20 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
     float s[kM][kN][4] = {};
     product_nt<kHeadDim>(s, q_tile, warp * 16 * kM, k_tile + stage * kTileBytes, 0, lane);
     if (kHasColumns && more && thread < kBlockKv) columns[stage ^ 1].at[thread] = column;
-    const bool partial = (entry & 1) || (MOD_HAS_MASK && !tile_walk.entry) ||
-                         crosses_border(p, row, q_first, q_last, kv, kBlockKv);
     if (!MOD_HAS_SCORE && p.scale <= 0) scale_scores(s, p.scale * kLog2e);
     if (MOD_HAS_SCORE) apply_mod(p, row, context, head, state, columns[stage], s, q_warp, kv, lane);
-    if (partial) apply_mask(p, row, context, head, state, columns[stage], s, q_warp, kv, lane);
+    if (MOD_HAS_MASK && (entry & 1))
+      apply_mask(row, context, head, state, columns[stage], s, q_warp, kv, lane);
+    if (crosses_border(p, row, q_first, q_last, kv, kBlockKv)) apply_range(p, row, s, q_warp, kv, lane);
     raise_maxima(state, s, unit);
     add_values(p, row, state, s, unit, v_tile + stage * kTileBytes, q_warp, kv, lane);
     entry = entry_next;
     entry_next = entry_after;
+  }
+  if (tile_walk.count == 0) {  // the queries were asked for in vain; their place is used again
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
   }
   finish(p, row, state, q_tile, q0, q_warp, warp, lane);
 }

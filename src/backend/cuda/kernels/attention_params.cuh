@@ -19,9 +19,10 @@ struct AttentionCapture {
   long long stride[kMaxCaptureAxes];
 };
 
-// Lists of tiles to visit, one list for each (batch row, head, tile row): list r is entry[begin[r]] ..
-// entry[begin[r + 1] - 1], ascending. entry = 2 * tile + 1 when the mask must be evaluated per element, else
-// 2 * tile. begin null: no list, the built-in causal mask and window alone decide.
+// Lists of tiles to visit, one list for each (batch row, head, tile row). Of list r, begin[4 * r ..] is where
+// it begins in `entry`, how many entries it has, and the first two of them, so that a block knows what to
+// copy after one question to memory. Entries ascend: 2 * tile + 1 when the mask must be evaluated per
+// element, else 2 * tile. begin null: no lists, the built-in causal mask and window alone decide.
 struct AttentionBlocks {
   const int* begin;
   const int* entry;

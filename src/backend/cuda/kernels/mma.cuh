@@ -3,7 +3,7 @@
 //
 // A tile is rows x columns of Element in shared memory (tiles.cuh: swizzled or padded). Accumulators have the
 // layout of mma.m16n8k16: element e of acc[m][n] in lane l is row 16*m + l/4 + 8*(e/2), column
-// 8*n + 2*(l%4) + e%2.
+// 8*n + 2*(l%4) + e%2. Rows and columns where a product starts are multiples of 16 (of 8 in f32).
 #pragma once
 #include "attention_params.cuh"
 #include "tiles.cuh"
@@ -135,9 +135,25 @@ struct Tile {
   ATTENTION_DEVICE static unsigned chunk_offset(int row, int chunk) {
     return static_cast<unsigned>(row * row_bytes + ((swizzled ? chunk ^ (row & 7) : chunk) << 4));
   }
-  ATTENTION_DEVICE static unsigned element_offset(int row, int column) {
-    const int byte = column * kElementBytes;
-    return chunk_offset(row, byte >> 4) + static_cast<unsigned>(byte & 15);
+  // Chunks of a row, and of the rows a multiple of 8 below it, which are swizzled alike: what is the same for
+  // all of them is computed once, which the compiler is spared finding out.
+  struct Line {
+    unsigned base, mix;
+    ATTENTION_DEVICE unsigned at(int below, int chunk) const {
+      return base + ((static_cast<unsigned>(chunk) << 4) ^ mix) + static_cast<unsigned>(below * row_bytes);
+    }
+  };
+  // at(below, chunk) of chunk + odd; with odd == 1 of even chunks only.
+  ATTENTION_DEVICE static Line line(unsigned tile, int row, int odd = 0) {
+    return {tile + static_cast<unsigned>(row * row_bytes),
+            static_cast<unsigned>((swizzled ? row & 7 : 0) ^ odd) << 4};
+  }
+  // The same of this lane's two elements in an accumulator's columns: rows row + lane / 4 and those below,
+  // column 8 * n + 2 * (lane % 4) at(below, n * chunks_of_8).
+  static constexpr int chunks_of_8 = kElementBytes / 2;
+  ATTENTION_DEVICE static Line lane_line(unsigned tile, int row, int lane) {
+    const int byte = 2 * (lane % 4) * kElementBytes;
+    return line(tile + static_cast<unsigned>(byte & 15), row, byte >> 4);
   }
 };
 
@@ -151,27 +167,31 @@ ATTENTION_DEVICE void add_up(float (&acc)[m_tiles][n_tiles][4], const float (&pa
       for (int e = 0; e < 4; ++e) acc[m][n][e] += part[m][n][e];
 }
 
-// f32: acc[.][n] += x (16 columns of the left operand) times 16 rows of tile b from b_row on.
+// f32: acc += x (8 columns of the left operand) times 8 rows of tile b from b_row on. The 8 are summed by
+// themselves: rounding errors grow with the length of a piece.
 template <int columns, int m_tiles, int n_tiles>
-ATTENTION_DEVICE void add_rows(float (&acc)[m_tiles][n_tiles][4], int n, const float (&x)[16][m_tiles][2],
-                               unsigned b, int b_row, int b_column, int lane) {
-  float part[m_tiles][4] = {};
+ATTENTION_DEVICE void add_rows(float (&acc)[m_tiles][n_tiles][4], const float (&x)[8][m_tiles][2], unsigned b,
+                               int b_row, int b_column, int lane) {
+  using T = Tile<columns>;
 #pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    const float2 y =
-        load_shared2(b + Tile<columns>::element_offset(b_row + k, b_column + 8 * n + 2 * (lane % 4)));
+  for (int n = 0; n < n_tiles; ++n) {
+    float part[m_tiles][4] = {};
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const float2 y = load_shared2(T::lane_line(b, k, lane).at(b_row, (b_column / 8 + n) * T::chunks_of_8));
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          part[m][2 * i] = fmaf(x[k][m][i], y.x, part[m][2 * i]);
+          part[m][2 * i + 1] = fmaf(x[k][m][i], y.y, part[m][2 * i + 1]);
+        }
+    }
 #pragma unroll
     for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        part[m][2 * i] = fmaf(x[k][m][i], y.x, part[m][2 * i]);
-        part[m][2 * i + 1] = fmaf(x[k][m][i], y.y, part[m][2 * i + 1]);
-      }
+      for (int e = 0; e < 4; ++e) acc[m][n][e] += part[m][e];
   }
-#pragma unroll
-  for (int m = 0; m < m_tiles; ++m)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[m][n][e] += part[m][e];
 }
 
 // acc[m][n] += A B^T over `depth` columns: rows a_row.. of tile a, rows b_row.. of tile b. a and b are laid
@@ -181,50 +201,58 @@ ATTENTION_DEVICE void product_nt(float (&acc)[m_tiles][n_tiles][4], unsigned a, 
                                  int b_row, int lane) {
   using T = Tile<depth>;
   if constexpr (kExact) {
+    // Sums of sums of sums: rounding errors grow with 16, 4 and depth / 64, not with depth.
+    const typename T::Line a_line = T::line(a, a_row + lane / 4);
+    const typename T::Line b_line[2] = {T::line(b, b_row + 2 * (lane % 4)),
+                                        T::line(b, b_row + 2 * (lane % 4) + 1)};
+    constexpr int outer = depth <= 64 ? depth : depth % 64 == 0 ? 64 : depth % 48 == 0 ? 48 : depth;
 #pragma unroll 1
-    for (int k0 = 0; k0 < depth; k0 += 16) {
-      float part[m_tiles][n_tiles][4] = {};  // sums of sums: their rounding errors grow with 16, not depth
+    for (int k1 = 0; k1 < depth; k1 += outer) {
+      float sum[m_tiles][n_tiles][4] = {};
 #pragma unroll 1
-      for (int k = k0; k < k0 + 16; k += 4) {
-        float4 x[m_tiles][2];
+      for (int k0 = k1; k0 < k1 + outer; k0 += 16) {
+        float part[m_tiles][n_tiles][4] = {};
+#pragma unroll 1
+        for (int k = k0; k < k0 + 16; k += 4) {
+          float4 x[m_tiles][2];
 #pragma unroll
-        for (int m = 0; m < m_tiles; ++m)
+          for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            x[m][i] = load_shared4(a + T::chunk_offset(a_row + 16 * m + 8 * i + lane / 4, k / 4));
+            for (int i = 0; i < 2; ++i) x[m][i] = load_shared4(a_line.at(16 * m + 8 * i, k / 4));
 #pragma unroll
-        for (int n = 0; n < n_tiles; ++n)
+          for (int n = 0; n < n_tiles; ++n)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float4 y = load_shared4(b + T::chunk_offset(b_row + 8 * n + 2 * (lane % 4) + e, k / 4));
+            for (int e = 0; e < 2; ++e) {
+              const float4 y = load_shared4(b_line[e].at(8 * n, k / 4));
 #pragma unroll
-            for (int m = 0; m < m_tiles; ++m)
+              for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                float& c = part[m][n][2 * i + e];
-                c = fmaf(x[m][i].x, y.x, c);
-                c = fmaf(x[m][i].y, y.y, c);
-                c = fmaf(x[m][i].z, y.z, c);
-                c = fmaf(x[m][i].w, y.w, c);
-              }
-          }
+                for (int i = 0; i < 2; ++i) {
+                  float& c = part[m][n][2 * i + e];
+                  c = fmaf(x[m][i].x, y.x, c);
+                  c = fmaf(x[m][i].y, y.y, c);
+                  c = fmaf(x[m][i].z, y.z, c);
+                  c = fmaf(x[m][i].w, y.w, c);
+                }
+            }
+        }
+        add_up(outer == depth ? acc : sum, part);
       }
-      add_up(acc, part);
+      if (outer != depth) add_up(acc, sum);
     }
   } else {
     // ldmatrix x4: lanes 0-7, 8-15, 16-23, 24-31 give the rows of four 8x8 matrices. A: (rows 0-7, 8-15) of
     // the first 8 columns, then of the second. B: both column halves of rows 0-7, then of rows 8-15.
-    const int a_lane = a_row + (lane & 15), a_half = lane >> 4;
-    const int b_lane = b_row + (lane & 7) + ((lane >> 4) << 3), b_half = (lane >> 3) & 1;
+    const typename T::Line a_line = T::line(a, a_row + (lane & 15), lane >> 4);
+    const typename T::Line b_line = T::line(b, b_row + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 #pragma unroll
     for (int k = 0; k < depth / 16; ++k) {
       Quad x[m_tiles];
 #pragma unroll
-      for (int m = 0; m < m_tiles; ++m)
-        x[m] = load_matrix(a + T::chunk_offset(a_lane + 16 * m, 2 * k + a_half));
+      for (int m = 0; m < m_tiles; ++m) x[m] = load_matrix(a_line.at(16 * m, 2 * k));
 #pragma unroll
       for (int n = 0; n < n_tiles; n += 2) {
-        const Quad y = load_matrix(b + T::chunk_offset(b_lane + 8 * n, 2 * k + b_half));
+        const Quad y = load_matrix(b_line.at(8 * n, 2 * k));
 #pragma unroll
         for (int m = 0; m < m_tiles; ++m) {
           mma(acc[m][n], x[m], y.x[0], y.x[1]);
@@ -237,7 +265,7 @@ ATTENTION_DEVICE void product_nt(float (&acc)[m_tiles][n_tiles][4], unsigned a, 
 
 // acc[m][n] += P B: P (16*m_tiles x 8*k_tiles) in registers with the accumulator's layout, rounded to
 // Element; B rows b_row.. and columns b_column.. of tile b, laid out as Tile<columns>. prepare(k) is called
-// before columns k and k + 1 of P are read, for even k.
+// before columns k and k + 1 of P are read, for even k. P may be changed.
 template <int columns, int m_tiles, int k_tiles, int n_tiles, class Prepare>
 ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m_tiles][k_tiles][4],
                                  unsigned b, int b_row, int b_column, int lane, const Prepare& prepare) {
@@ -246,22 +274,28 @@ ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m
     static_assert(k_tiles % 2 == 0);
 #pragma unroll
     for (int k = 0; k < k_tiles; k += 2) prepare(k);
+      // One copy of the code, which compiles in a fraction of the time: P moves along under it.
+#pragma unroll 1
+    for (int k0 = 0; k0 < 8 * k_tiles; k0 += 8) {
+      float x[8][m_tiles][2];
 #pragma unroll
-    for (int k0 = 0; k0 < 8 * k_tiles; k0 += 16) {
-      float x[16][m_tiles][2];
-#pragma unroll
-      for (int k = 0; k < 16; ++k)
+      for (int k = 0; k < 8; ++k)
 #pragma unroll
         for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            x[k][m][i] = __shfl_sync(~0u, p[m][(k0 + k) / 8][2 * i + k % 2], (lane & ~3) | (k % 8 / 2));
+            x[k][m][i] = __shfl_sync(~0u, p[m][0][2 * i + k % 2], (lane & ~3) | (k / 2));
+      add_rows<columns>(acc, x, b, b_row + k0, b_column, lane);
 #pragma unroll
-      for (int n = 0; n < n_tiles; ++n) add_rows<columns>(acc, n, x, b, b_row + k0, b_column, lane);
+      for (int k = 1; k < k_tiles; ++k)
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) p[m][k - 1][e] = p[m][k][e];
     }
   } else {
     static_assert(k_tiles % 2 == 0 && n_tiles % 2 == 0);
-    const int b_lane = b_row + (lane & 15), b_half = b_column / 8 + (lane >> 4);
+    const typename T::Line b_line = T::line(b, b_row + (lane & 15), lane >> 4);
 #pragma unroll
     for (int k = 0; k < k_tiles; k += 2) {
       prepare(k);
@@ -272,7 +306,7 @@ ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m
                  pack(p[m][k + 1][0], p[m][k + 1][1]), pack(p[m][k + 1][2], p[m][k + 1][3])}};
 #pragma unroll
       for (int n = 0; n < n_tiles; n += 2) {
-        const Quad y = load_matrix_trans(b + T::chunk_offset(b_lane + 8 * k, b_half + n));
+        const Quad y = load_matrix_trans(b_line.at(8 * k, b_column / 8 + n));
 #pragma unroll
         for (int m = 0; m < m_tiles; ++m) {
           mma(acc[m][n], x[m], y.x[0], y.x[1]);
@@ -324,17 +358,18 @@ ATTENTION_DEVICE void product_tn(float (&acc)[m_tiles][n_tiles][4], unsigned a, 
   using TB = Tile<b_columns>;
   if constexpr (kExact) {
 #pragma unroll 1
-    for (int k0 = 0; k0 < depth; k0 += 16) {
-      float x[16][m_tiles][2];
+    for (int k0 = 0; k0 < depth; k0 += 8) {
+      float x[8][m_tiles][2];
 #pragma unroll
-      for (int k = 0; k < 16; ++k)
+      for (int k = 0; k < 8; ++k)
 #pragma unroll
         for (int m = 0; m < m_tiles; ++m)
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
-            x[k][m][i] = load_shared(a + TA::element_offset(k0 + k, a_column + 16 * m + 8 * i + lane / 4));
-#pragma unroll
-      for (int n = 0; n < n_tiles; ++n) add_rows<b_columns>(acc, n, x, b, k0, b_column, lane);
+          for (int i = 0; i < 2; ++i) {
+            const int chunk = a_column / 4 + 4 * m + 2 * i + lane / 16;
+            x[k][m][i] = load_shared(a + TA::chunk_offset(k0 + k, chunk) + lane / 4 % 4 * 4);
+          }
+      add_rows<b_columns>(acc, x, b, k0, b_column, lane);
     }
   } else {
     // A^T: matrices (k 0-7, m 0-7), (k 0-7, m 8-15), (k 8-15, m 0-7), (k 8-15, m 8-15), each transposed.

@@ -24,10 +24,7 @@ struct ForwardTile {
 };
 
 constexpr ForwardTile forward_tile(int dtype, int d) {
-  if (dtype == kAttentionF32)
-    return d <= 64    ? ForwardTile{4, 1, 64, 2, 2}
-           : d <= 128 ? ForwardTile{4, 1, 32, 2, 2}
-                      : ForwardTile{4, 1, 16, 2, 1};
+  if (dtype == kAttentionF32) return d <= 128 ? ForwardTile{4, 1, 32, 2, 2} : ForwardTile{4, 1, 16, 2, 1};
   if (d <= 64) return {4, 2, 64, 2, 3};
   if (d <= 128) return {4, 2, 64, 2, 2};
   return {4, 1, 64, 2, 1};
