@@ -51,6 +51,7 @@ constexpr int kDqWarpsQ = kTile.dq_warps_q(), kDqM = kTile.dq_m(), kDqN = kTile.
 constexpr int kRowBytes = Tile<kHeadDim>::row_bytes, kQBytes = kBlockQ * kRowBytes,
               kDsBytes = kBlockKv * Tile<kBlockQ>::row_bytes;
 constexpr int kGrads = MOD_N_CAPTURE_GRADS, kSumBytes = kGrads * kTile.warps * kBlockQ * 4;
+constexpr bool kHasLists = MOD_HAS_MASK;
 ATTENTION_DEVICE constexpr char kind(int g) { return MOD_CAPTURE_GRAD_KINDS[g]; }
 
 // Where things lie in shared memory.
@@ -78,23 +79,21 @@ ATTENTION_DEVICE int query_tiles(const AttentionParams& p) { return (p.q_len + k
 
 // The query tiles that visit key tile j.
 ATTENTION_DEVICE TileWalk walk(const AttentionParams& p, const Row& row, int j) {
-  if constexpr (kHasLists) return list_walk(p.transposed, row, (p.kv_len + kBlockKv - 1) / kBlockKv, j);
+  if (p.transposed.begin) return list_walk(p.transposed, row, (p.kv_len + kBlockKv - 1) / kBlockKv, j);
   int first = 0, last = row.n_q - 1;
   if (p.causal) {
     first = max(0, j * kBlockKv - row.offset);
     if (p.window >= 0) last = min(last, min(j * kBlockKv + kBlockKv, row.n_kv) - 1 + p.window - row.offset);
   }
-  if (j * kBlockKv >= row.n_kv || first > last) return {};
-  return {nullptr, first / kBlockQ, last / kBlockQ - first / kBlockQ + 1, {}};
+  if (j * kBlockKv >= row.n_kv || first > last) return {nullptr, 0, 0};
+  return {nullptr, first / kBlockQ, last / kBlockQ - first / kBlockQ + 1};
 }
 
-// One step of a block: a query tile of one of its heads. `rank`: with lists, how many key tiles come before
-// in its dQ.
+// One step of a block: a query tile of one of its heads. `turn`: how many key tiles come before in its dQ.
 struct Step {
   int h_in_group, i;  // position in the walk of that head
   TileWalk walk;
-  int entry, rank;
-  ListReader<true> entries, ranks;
+  int entry, entry_next;  // the next one of the walk is asked for a step ahead
   ATTENTION_DEVICE int tile() const { return entry >> 1; }
 };
 ATTENTION_DEVICE Row head_row(const AttentionParams& p, int b, int kv_head, int h_in_group) {
@@ -119,24 +118,23 @@ ATTENTION_DEVICE bool advance(const AttentionParams& p, int b, int kv_head, int 
     if ((inside && begun) || ++s.h_in_group >= heads) return false;
     s.walk = walk(p, head_row(p, b, kv_head, s.h_in_group), j);
     s.i = 0;
+    if (kHasLists && s.walk.count > 0) s.entry_next = s.walk.at(s.walk.count - 1);
   }
   if (inside) s.h_in_group = 0;
-  if constexpr (kHasLists) {
-    s.entry = s.entries(s.walk.entry, s.walk.count, s.i);
-    s.rank = s.ranks(p.transposed.rank + (s.walk.entry - p.transposed.entry), s.walk.count, s.i);
-  } else {
-    s.entry = 2 * (s.walk.first + s.walk.count - 1 - s.i);
-  }
+  s.entry = kHasLists ? s.entry_next : s.walk.at(s.walk.count - 1 - s.i);
+  if (kHasLists && s.i + 1 < s.walk.count) s.entry_next = s.walk.at(s.walk.count - 2 - s.i);
   return true;
 }
 ATTENTION_DEVICE int turn(const AttentionParams& p, const Row& row, const Step& s, int j) {
-  return kHasLists ? s.rank : j - key_range(p, row, row.offset + s.tile() * kBlockQ).first / kBlockKv;
+  if (s.walk.entry)
+    return __ldg(p.transposed.rank + (s.walk.entry - p.transposed.entry) + s.walk.count - 1 - s.i);
+  return j - key_range(p, row, row.offset + s.tile() * kBlockQ).first / kBlockKv;
 }
 
 // Is any element of the step hidden?
 ATTENTION_DEVICE bool is_partial(const AttentionParams& p, const Row& row, const Step& s, int kv0) {
   const int q0 = s.tile() * kBlockQ;
-  return (kHasLists && (s.entry & 1)) ||
+  return (s.entry & 1) || (MOD_HAS_MASK && !s.walk.entry) ||
          crosses_border(p, row, row.offset + q0, row.offset + min(q0 + kBlockQ, row.n_q) - 1, kv0, kBlockKv);
 }
 
@@ -471,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
   float dk[kM][kD][4] = {}, dv[kM][kD][4] = {};
   Keys keys{};
 
-  Step next{-1, 0, {}, 0, 0, {}, {}};
+  Step next{-1, 0, {nullptr, 0, 0}, 0, 0};
   bool more = advance(p, b, kv_head, j, next);
   int heads_done = 0;  // heads of the group whose captured gradients are written
   if (more) {

@@ -102,7 +102,7 @@ ATTENTION_DEVICE void load_steps(const AttentionParams& p, const Shared& shared,
                  : lane_start(p.dout, lane) + (b * p.dout.batch + first_head * p.dout.head) * kElementBytes);
   const unsigned tiles = warp == 0 ? shared.q : shared.dout;
   const Row row = make_row(p, b, 0);
-  Step step{-1, 0, {}, 0, 0, {}, {}};
+  Step step{-1, 0, {nullptr, 0, 0}, 0, 0};
   int n = 0;
   // The stage is full once this warp's copies have arrived.
   const auto announce = [&](int stage, const Item& item) {

@@ -36,6 +36,7 @@ struct TileWalk {
   const int* entry;  // kHasLists; otherwise tiles first, first + 1, ...
   int first, count;
   int entries[2];  // kHasLists: the first two
+  ATTENTION_DEVICE int at(int i) const { return entry ? __ldg(entry + i) : 2 * (first + i); }
 };
 ATTENTION_DEVICE TileWalk list_walk(const AttentionBlocks& blocks, const Row& row, int tiles, int i) {
   const int r =
