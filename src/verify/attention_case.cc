@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "backend/reference/reference_backend.h"
 #include "base/error.h"
 #include "base/rng.h"
 #include "flex/program.h"
@@ -148,8 +149,47 @@ Tensor side_by_side(const std::vector<Tensor>& parts) {
   return out;
 }
 
+// Gradients of a case: where a kernel writes them, and from there to host memory.
+struct GradientBuffers {
+  AttentionGradients grads;
+  Tensor dq, dk, dv;
+
+  GradientBuffers(const AttentionCase& c, const Side& side, DType master) {
+    const AttentionShape& s = c.shape;
+    const int64_t q_width = s.n_head * s.head_dim, kv_width = s.n_kv_head * s.head_dim;
+    dq = side.unwritten({s.batch, s.q_len, c.fused ? q_width + 2 * kv_width : q_width});
+    dk = c.fused ? dq : side.unwritten({s.batch, s.kv_len, kv_width});
+    dv = c.fused ? dq : side.unwritten({s.batch, s.kv_len, kv_width});
+    grads.dq = heads_view(dq);
+    grads.dk = heads_view(dk, c.fused ? q_width : 0);
+    grads.dv = heads_view(dv, c.fused ? q_width + kv_width : 0);
+    for (const flex::Capture& capture : differentiable_captures(c.spec)) {
+      grads.captures.emplace_back(capture.name(),
+                                  side.unwritten(c.spec.bindings.at(capture).shape(), master));
+    }
+  }
+
+  // To: AttentionResults or AttentionReference.
+  template <class To>
+  void fetch(const AttentionCase& c, Backend& backend, To& to) const {
+    const int64_t q_width = c.shape.n_head * c.shape.head_dim,
+                  kv_width = c.shape.n_kv_head * c.shape.head_dim;
+    to.dq = backend.to_host(dq);
+    to.dk = backend.to_host(dk);
+    to.dv = backend.to_host(dv);
+    if (c.fused) {
+      to.dk = columns(to.dk, q_width, kv_width);
+      to.dv = columns(to.dv, q_width + kv_width, kv_width);
+      to.dq = columns(to.dq, 0, q_width);
+    }
+    for (const auto& [name, gradient] : grads.captures)
+      to.captures.emplace_back(name, backend.to_host(gradient));
+  }
+};
+
+// `reference`: also what is to be known of the problem; the backend is then the reference.
 AttentionResults run(const AttentionCase& c, const Inputs& x, Backend& backend, DType dtype,
-                     const std::string& kernel) {
+                     const std::string& kernel, AttentionReference* reference = nullptr) {
   const AttentionShape& s = c.shape;
   const Side side(backend, dtype);
   const DType master = backend.master_dtype();
@@ -197,34 +237,32 @@ AttentionResults run(const AttentionCase& c, const Inputs& x, Backend& backend, 
   backend.attention(*plan, io);
   r.out = backend.to_host(out);
   r.lse = backend.to_host(lse);
+  auto* const in_double = reference ? dynamic_cast<ReferenceBackend*>(&backend) : nullptr;
+  if (in_double) reference->largest_score = in_double->largest_score(*plan, io);
   if (!c.backward) return r;
 
-  AttentionGradients grads;
   const Tensor dout = side.put(x.dout), dlse = side.put(x.dlse, master);
-  grads.dout = heads_view(dout);
-  if (c.lse_gradient) grads.dlse = &dlse;
-  const int64_t row = c.fused ? q_width + 2 * kv_width : q_width;
-  const Tensor dq = side.unwritten({s.batch, s.q_len, row});
-  const Tensor dk = c.fused ? dq : side.unwritten({s.batch, s.kv_len, kv_width});
-  const Tensor dv = c.fused ? dq : side.unwritten({s.batch, s.kv_len, kv_width});
-  grads.dq = heads_view(dq);
-  grads.dk = heads_view(dk, c.fused ? q_width : 0);
-  grads.dv = heads_view(dv, c.fused ? q_width + kv_width : 0);
-  for (const flex::Capture& capture : differentiable_captures(c.spec)) {
-    grads.captures.emplace_back(capture.name(), side.unwritten(c.spec.bindings.at(capture).shape(), master));
+  const auto make_buffers = [&] {
+    GradientBuffers buffers(c, side, master);
+    buffers.grads.dout = heads_view(dout);
+    if (c.lse_gradient) buffers.grads.dlse = &dlse;
+    return buffers;
+  };
+  const GradientBuffers buffers = make_buffers();
+  backend.attention_backward(*plan, io, buffers.grads);
+  buffers.fetch(c, backend, r);
+  if (in_double) {
+    const GradientBuffers sizes = make_buffers();
+    in_double->attention_term_sizes(*plan, io, sizes.grads);
+    sizes.fetch(c, backend, *reference);
   }
-  backend.attention_backward(*plan, io, grads);
-  r.dq = backend.to_host(dq);
-  r.dk = backend.to_host(dk);
-  r.dv = backend.to_host(dv);
-  if (c.fused) {
-    r.dk = columns(r.dk, q_width, kv_width);
-    r.dv = columns(r.dv, q_width + kv_width, kv_width);
-    r.dq = columns(r.dq, 0, q_width);
-  }
-  for (const auto& [name, gradient] : grads.captures)
-    r.captures.emplace_back(name, backend.to_host(gradient));
   return r;
+}
+
+double norm(const Tensor& x) {
+  double squares = 0;
+  for (int64_t i = 0; i < x.numel(); ++i) squares += x.get(i) * x.get(i);
+  return std::sqrt(squares);
 }
 
 }  // namespace
@@ -243,9 +281,11 @@ AttentionResults run_attention(const AttentionCase& c, Backend& backend, DType d
   return run(c, make_inputs(c, dtype), backend, dtype, kernel);
 }
 
-AttentionResults reference_attention(const AttentionCase& c, DType dtype) {
+AttentionReference reference_attention(const AttentionCase& c, DType dtype) {
   const auto backend = make_reference_backend();
-  return run(c, make_inputs(c, dtype), *backend, DType::f64, "reference");
+  AttentionReference reference;
+  reference.results = run(c, make_inputs(c, dtype), *backend, DType::f64, "reference", &reference);
+  return reference;
 }
 
 AttentionLimits attention_limits(DType dtype) {
@@ -263,23 +303,35 @@ AttentionLimits attention_limits(DType dtype) {
 
 std::vector<Check> check_attention(const AttentionCase& c, Backend& backend, DType dtype,
                                    const std::string& kernel) {
-  const AttentionResults want = reference_attention(c, dtype);
+  const AttentionReference reference = reference_attention(c, dtype);
+  const AttentionResults& want = reference.results;
   const AttentionResults got = run_attention(c, backend, dtype, kernel);
   const AttentionLimits limits = attention_limits(dtype);
+  const double rounding = dtype == DType::f64 ? 0x1p-53 : 0x1p-24,  // of scores, in every other dtype f32
+      of_scores = 2 * rounding * reference.largest_score;
   std::vector<Check> checks;
-  const auto add = [&](const std::string& what, const Tensor& a, const Tensor& b, const char* measure,
-                       double limit) {
-    checks.push_back(compare(c.name + " " + what, a, b, measure, limit));
+  const auto add = [&](const std::string& what, const Tensor& a, const Tensor& b, double limit) {
+    checks.push_back(compare(c.name + " " + what, a, b, "max_abs", std::max(limit, of_scores)));
   };
-  add("out", got.out, want.out, "max_abs", limits.out);
-  add("lse", got.lse, want.lse, "max_abs", limits.lse);
+  const auto add_gradient = [&](const std::string& what, const Tensor& a, const Tensor& b,
+                                const Tensor& terms) {
+    const double size = norm(b), defined = kCancelled * norm(terms),
+                 limit = std::max(limits.gradient, of_scores);
+    // Of what is exactly 0, max_rel is the norm of the error itself.
+    const double allowed = size > 0      ? limit * std::max(1.0, defined / size)
+                           : defined > 0 ? limit * defined
+                                         : limit;
+    checks.push_back(compare(c.name + " " + what, a, b, "max_rel", allowed));
+  };
+  add("out", got.out, want.out, limits.out);
+  add("lse", got.lse, want.lse, limits.lse);
   if (!c.backward) return checks;
-  add("dq", got.dq, want.dq, "max_rel", limits.gradient);
-  add("dk", got.dk, want.dk, "max_rel", limits.gradient);
-  add("dv", got.dv, want.dv, "max_rel", limits.gradient);
+  add_gradient("dq", got.dq, want.dq, reference.dq);
+  add_gradient("dk", got.dk, want.dk, reference.dk);
+  add_gradient("dv", got.dv, want.dv, reference.dv);
   for (size_t i = 0; i < want.captures.size(); ++i) {
-    add("d" + want.captures[i].first, got.captures[i].second, want.captures[i].second, "max_rel",
-        limits.gradient);
+    add_gradient("d" + want.captures[i].first, got.captures[i].second, want.captures[i].second,
+                 reference.captures[i].second);
   }
   return checks;
 }

@@ -38,14 +38,25 @@ struct AttentionResults {
 
 AttentionResults run_attention(const AttentionCase& c, Backend& backend, DType dtype,
                                const std::string& kernel = "auto");
-// The same case on the reference backend, its inputs rounded to `dtype`.
-AttentionResults reference_attention(const AttentionCase& c, DType dtype);
+// The same case on the reference backend, its inputs rounded to `dtype`, and how well conditioned it is.
+struct AttentionReference {
+  AttentionResults results;
+  double largest_score = 0;  // size of a score whose weight is not negligible
+  Tensor dq, dk, dv;         // sizes of the terms of gradients (ReferenceBackend::attention_term_sizes)
+  std::vector<std::pair<std::string, Tensor>> captures;
+};
+AttentionReference reference_attention(const AttentionCase& c, DType dtype);
 
 // Largest error allowed in `dtype`: of outputs absolutely (they have unit scale), of gradients relatively.
+// check_attention allows more in two cases, where the problem itself does not define more digits:
+//   scores beyond 4: a score s is a number of f32 and the exponent of a weight, so that it moves results by
+//     2 u |s|, u = 2^-24 the rounding of f32, relatively;
+//   gradients that cancel: gradients are held to their size or to kCancelled of that of their terms.
 struct AttentionLimits {
   double out, lse, gradient;
 };
 AttentionLimits attention_limits(DType dtype);
+constexpr double kCancelled = 1.0 / 32;
 
 // Runs the case and compares every tensor: checks named "<case name> out", " lse", " dq", ...
 std::vector<Check> check_attention(const AttentionCase& c, Backend& backend, DType dtype,

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <set>
 
@@ -52,6 +53,43 @@ TEST(AttentionSuite, RandomCases) {
   }
 }
 
+// Where scores are small and gradients do not cancel, the limits are those of attention_limits.
+TEST(AttentionSuite, LimitsGrowOnlyWhereDigitsAreLost) {
+  const auto cpu = make_cpu_backend();
+  const AttentionLimits limits = attention_limits(DType::f32);
+  AttentionCase c;
+  c.name = "case";
+  c.shape.batch = 1;
+  c.shape.n_head = c.shape.n_kv_head = 2;
+  c.shape.q_len = c.shape.kv_len = 40;
+  c.shape.head_dim = 32;
+  c.spec.scale = 0.15;
+  for (const Check& check : check_attention(c, *cpu, DType::f32)) {
+    const double plain = check.measure == "max_rel"    ? limits.gradient
+                         : check.name.ends_with("lse") ? limits.lse
+                                                       : limits.out;
+    EXPECT_EQ(check.limit, plain) << check.name;
+    EXPECT_TRUE(check.pass) << check.name;
+  }
+
+  // Every query sees one key: weights are 1, and the gradients of scores dout.v - dout.out are 0.
+  c.spec.causal = true;
+  c.spec.window = 0;
+  for (const Check& check : check_attention(c, *cpu, DType::f32)) {
+    const bool cancels = check.name == "case dq" || check.name == "case dk";
+    if (cancels) {
+      EXPECT_NE(check.limit, limits.gradient);
+    }
+    EXPECT_TRUE(check.pass) << check.name << " " << check.max_rel << " " << check.limit;
+  }
+  const AttentionReference reference = reference_attention(c, DType::f32);
+  for (int64_t i = 0; i < reference.dq.numel(); ++i) {
+    ASSERT_LT(std::abs(reference.results.dq.get(i)), 1e-12);
+    ASSERT_GT(reference.dq.get(i), 1e-6);
+    ASSERT_NEAR(reference.dv.get(i), std::abs(reference.results.dv.get(i)), 1e-12);  // one term
+  }
+}
+
 // A wrong scale, a shifted window, another seed of the dropout: each must show.
 TEST(AttentionSuite, AWrongResultFails) {
   const auto cpu = make_cpu_backend();
@@ -65,7 +103,7 @@ TEST(AttentionSuite, AWrongResultFails) {
   right.spec.causal = true;
   right.spec.window = 9;
   right.spec.dropout = 0.1;
-  const AttentionResults want = reference_attention(right, DType::f32);
+  const AttentionResults want = reference_attention(right, DType::f32).results;
   const auto error = [&](const AttentionCase& c) {
     return compare("out", run_attention(c, *cpu, DType::f32).out, want.out, "max_abs", 5e-7);
   };

@@ -19,6 +19,9 @@
 namespace flexchat {
 namespace {
 
+// Weights below e^-kNegligible do not show in a result.
+constexpr double kNegligible = 20;
+
 class ReferencePlan final : public AttentionPlan {
  public:
   using AttentionPlan::AttentionPlan;
@@ -26,9 +29,15 @@ class ReferencePlan final : public AttentionPlan {
   std::string_view reason() const override { return "plain loops over double, the only kernel there is"; }
 };
 
+// A number, or its size.
+template <bool sizes>
+double term(double x) {
+  return sizes ? std::abs(x) : x;
+}
+template <bool sizes = false>
 double dot(const double* a, const double* b, int64_t n) {
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  for (int64_t i = 0; i < n; ++i) sum += term<sizes>(a[i] * b[i]);
   return sum;
 }
 
@@ -115,7 +124,8 @@ class Derivatives {
   }
 
   // ds from ds'; adds to the gradients of captured tensors.
-  double operator()(const flex::Point& point, double dmodded) {
+  template <bool sizes>
+  double apply(const flex::Point& point, double dmodded) {
     if (evaluator_.empty()) return dmodded;
     const std::vector<double> values = evaluator_[0].all(point);
     for (const Access& a : accesses_) {
@@ -123,9 +133,9 @@ class Derivatives {
       for (size_t i = 0; i < a.rank; ++i) {
         entry = entry * a.grad.dim(static_cast<int>(i)) + static_cast<int64_t>(values[a.root + 1 + i]);
       }
-      a.grad.as<double>()[entry] += dmodded * values[a.root];
+      a.grad.as<double>()[entry] += term<sizes>(dmodded * values[a.root]);
     }
-    return dmodded * values[0];
+    return term<sizes>(dmodded * values[0]);
   }
 
  private:
@@ -136,6 +146,50 @@ class Derivatives {
   std::vector<Access> accesses_;
   std::vector<flex::Evaluator> evaluator_;  // one, or none without a mod
 };
+
+// With `sizes`, every gradient is the sum of the sizes of the terms that it is the sum of.
+template <bool sizes>
+void backward(const AttentionPlan& plan, const AttentionTensors& x, const AttentionGradients& grads) {
+  Attention a(plan, x);
+  const AttentionShape& s = a.shape;
+  const int64_t d = s.head_dim;
+  check(a.spec.page_size == 0, "attention over pages has no backward");
+  for (const std::pair<std::string, Tensor>& c : grads.captures)
+    std::fill_n(c.second.as<double>(), c.second.numel(), 0.0);
+  Derivatives derivatives(a.spec, grads);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t g = 0; g < s.n_kv_head; ++g) {
+      for (int64_t j = 0; j < s.kv_len; ++j) {
+        std::fill_n(a.at(grads.dk, b, j, g), d, 0.0);
+        std::fill_n(a.at(grads.dv, b, j, g), d, 0.0);
+      }
+    }
+    for (int64_t h = 0; h < s.n_head; ++h) {
+      for (int64_t r = 0; r < s.q_len; ++r) {
+        double* dq = a.at(grads.dq, b, r, h);
+        std::fill_n(dq, d, 0.0);
+        const std::vector<Weight> weights = a.weights(b, h, r);
+        if (weights.empty()) continue;
+        const double *q = a.at(x.q, b, r, h), *dout = a.at(grads.dout, b, r, h);
+        const double delta = dot<sizes>(dout, a.at(x.out, b, r, h), d) +
+                             term<sizes>(grads.dlse ? -grads.dlse->as<double>()[a.row(b, h, r)] : 0.0);
+        const double lse = x.lse->as<double>()[a.row(b, h, r)];
+        for (const Weight& w : weights) {
+          const double *k = a.at(x.k, b, w.j, a.group(h)), *v = a.at(x.v, b, w.j, a.group(h));
+          double *dk = a.at(grads.dk, b, w.j, a.group(h)), *dv = a.at(grads.dv, b, w.j, a.group(h));
+          const double p = std::exp(w.modded - lse);
+          const double dmodded = p * (w.kept * dot<sizes>(dout, v, d) + (sizes ? delta : -delta));
+          const double ds = a.spec.scale * derivatives.apply<sizes>(a.point(b, h, r, w.j, w.score), dmodded);
+          for (int64_t i = 0; i < d; ++i) {
+            dq[i] += term<sizes>(ds * k[i]);
+            dk[i] += term<sizes>(ds * q[i]);
+            dv[i] += term<sizes>(p * w.kept * dout[i]);
+          }
+        }
+      }
+    }
+  }
+}
 
 }  // namespace
 
@@ -181,44 +235,26 @@ void ReferenceBackend::attention(const AttentionPlan& plan, const AttentionTenso
 
 void ReferenceBackend::attention_backward(const AttentionPlan& plan, const AttentionTensors& x,
                                           const AttentionGradients& grads) {
+  backward<false>(plan, x, grads);
+}
+
+void ReferenceBackend::attention_term_sizes(const AttentionPlan& plan, const AttentionTensors& x,
+                                            const AttentionGradients& sizes) {
+  backward<true>(plan, x, sizes);
+}
+
+double ReferenceBackend::largest_score(const AttentionPlan& plan, const AttentionTensors& x) {
   Attention a(plan, x);
   const AttentionShape& s = a.shape;
-  const int64_t d = s.head_dim;
-  check(a.spec.page_size == 0, "attention over pages has no backward");
-  for (const auto& [name, grad] : grads.captures) fill(grad, 0);
-  Derivatives derivatives(a.spec, grads);
-  for (int64_t b = 0; b < s.batch; ++b) {
-    for (int64_t g = 0; g < s.n_kv_head; ++g) {
-      for (int64_t j = 0; j < s.kv_len; ++j) {
-        std::fill_n(a.at(grads.dk, b, j, g), d, 0.0);
-        std::fill_n(a.at(grads.dv, b, j, g), d, 0.0);
-      }
-    }
-    for (int64_t h = 0; h < s.n_head; ++h) {
-      for (int64_t r = 0; r < s.q_len; ++r) {
-        double* dq = a.at(grads.dq, b, r, h);
-        std::fill_n(dq, d, 0.0);
-        const std::vector<Weight> weights = a.weights(b, h, r);
-        if (weights.empty()) continue;
-        const double *q = a.at(x.q, b, r, h), *dout = a.at(grads.dout, b, r, h);
-        const double delta = dot(dout, a.at(x.out, b, r, h), d) -
-                             (grads.dlse ? grads.dlse->as<double>()[a.row(b, h, r)] : 0.0);
-        const double lse = x.lse->as<double>()[a.row(b, h, r)];
-        for (const Weight& w : weights) {
-          const double *k = a.at(x.k, b, w.j, a.group(h)), *v = a.at(x.v, b, w.j, a.group(h));
-          double *dk = a.at(grads.dk, b, w.j, a.group(h)), *dv = a.at(grads.dv, b, w.j, a.group(h));
-          const double p = std::exp(w.modded - lse);
-          const double dmodded = p * (w.kept * dot(dout, v, d) - delta);
-          const double ds = a.spec.scale * derivatives(a.point(b, h, r, w.j, w.score), dmodded);
-          for (int64_t i = 0; i < d; ++i) {
-            dq[i] += ds * k[i];
-            dk[i] += ds * q[i];
-            dv[i] += p * w.kept * dout[i];
-          }
-        }
-      }
+  double largest = 0;
+  for (int64_t row = 0; row < s.batch * s.n_head * s.q_len; ++row) {
+    const int64_t r = row % s.q_len, h = row / s.q_len % s.n_head, b = row / s.q_len / s.n_head;
+    for (const Weight& w : a.weights(b, h, r)) {
+      if (w.modded > x.lse->as<double>()[a.row(b, h, r)] - kNegligible)
+        largest = std::max(largest, std::abs(w.modded));
     }
   }
+  return largest;
 }
 
 }  // namespace flexchat

@@ -43,6 +43,13 @@ class ReferenceBackend final : public Backend {
   void attention(const AttentionPlan& plan, const AttentionTensors& x) override;
   void attention_backward(const AttentionPlan& plan, const AttentionTensors& x,
                           const AttentionGradients& grads) override;
+  // What rounding can do to a result. Of each gradient, the sum of the sizes of the terms that it is the sum
+  // of: where they cancel, no arithmetic is precise relative to what is left.
+  void attention_term_sizes(const AttentionPlan& plan, const AttentionTensors& x,
+                            const AttentionGradients& sizes);
+  // The largest size of a score, mods included, whose weight is not negligible; it is an exponent, so its
+  // absolute rounding is the weight's relative one. x.lse must be that of the forward.
+  double largest_score(const AttentionPlan& plan, const AttentionTensors& x);
   void relu_squared(const Tensor& u, const Tensor& y) override;
   void relu_squared_backward(const Tensor& u, const Tensor& dy) override;
   void mix(const Coefficient& a, const Tensor& x, const Coefficient& b, const Tensor& y,
