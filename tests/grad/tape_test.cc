@@ -176,7 +176,7 @@ TEST(Tape, FreshPassOverwritesGradientsOfLinearProducts) {
         ++linear;
         // Rows that only pad the vocabulary are never written: they stay 0 from the start.
         const bool head = p.name == "lm_head.weight";
-        cpu->fill(p.grad.rows(0, head ? config.vocab_size : p.grad.dim(0)), NAN);
+        cpu->fill(p.grad.rows(0, head ? config.vocab_size : p.grad.dim(0)), std::nan(""));
       }
       EXPECT_EQ(linear, 1 + 6 * config.n_layer);
       Tape tape(*cpu, true);
