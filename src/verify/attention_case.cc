@@ -259,12 +259,6 @@ AttentionResults run(const AttentionCase& c, const Inputs& x, Backend& backend, 
   return r;
 }
 
-double norm(const Tensor& x) {
-  double squares = 0;
-  for (int64_t i = 0; i < x.numel(); ++i) squares += x.get(i) * x.get(i);
-  return std::sqrt(squares);
-}
-
 }  // namespace
 
 std::vector<flex::Capture> differentiable_captures(const AttentionSpec& spec) {

@@ -32,6 +32,12 @@ Check compare(std::string name, const Tensor& got, const Tensor& want, std::stri
   return c;
 }
 
+double norm(const Tensor& x) {
+  double squares = 0;
+  for (int64_t i = 0; i < x.numel(); ++i) squares += x.get(i) * x.get(i);
+  return std::sqrt(squares);
+}
+
 Json checks_to_json(const std::vector<Check>& checks) {
   Json out = Json::array();
   for (const Check& c : checks) {

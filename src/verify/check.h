@@ -23,6 +23,9 @@ struct Check {
 // otherwise).
 Check compare(std::string name, const Tensor& got, const Tensor& want, std::string measure, double limit);
 
+// |x|_2, in host memory.
+double norm(const Tensor& x);
+
 Json checks_to_json(const std::vector<Check>& checks);
 std::string checks_table(const std::vector<Check>& checks);
 bool all_pass(const std::vector<Check>& checks);

@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 1024, kDeep = 8;
 
 // One column of in (rows, columns) for `lanes` neighbouring threads each, further rows for the others; the
-// block's slice are `slice` rows. sum(column, its sum) is called once a column.
+// block's share is `slice` rows. sum_is(column, its sum) is called once a column.
 template <class In, class F>
 __device__ void sum_columns(const In* in, int64_t rows, int64_t slice, int64_t columns, int lanes, F sum_is) {
   __shared__ double sums[kThreads];
