@@ -105,7 +105,7 @@ struct Row {
   std::string kernel, reason;
   double plan_ms = 0, forward_ms = 0, backward_ms = 0;
   double forward_flops = 0;  // products only; of the visible half where causal
-  double mask_ms = 0;        // the forward's lists of blocks, and emitting its expression; 0: no mask
+  double mask_ms = 0;        // what building the forward's lists of blocks adds to it; 0: no mask
   double bytes = 0;          // q, k, v and out once
   double extra_mb = 0;       // memory above inputs and outputs
 };
@@ -147,50 +147,79 @@ struct Operands {
   }
 };
 
-Row time_attention(Backend& backend, const AttentionShape& s, const std::string& mod, DType dtype,
-                   const std::string& kernel, bool backward, int repeats) {
-  const AttentionSpec spec = spec_of(mod, s, backend);
-  const Operands operands(backend, s, dtype);
-  const size_t before = backend.arena().stats().in_use;
-  backend.arena().reset_peak();
+// One mod at one shape, to be timed beside others: with results of its own, which its backward starts from.
+struct Subject {
+  AttentionSpec spec;
+  std::shared_ptr<const AttentionPlan> plan;
+  Tensor out, lse;
+  AttentionTensors io;
   Row row;
-  auto plan = backend.plan_attention(s, spec, kernel);  // the first may compile
-  row.plan_ms = 1e3 * median_seconds(
-                          backend, [&] { plan = backend.plan_attention(s, spec, kernel); }, 5, 0);
-  row.kernel = plan->kernel();
-  row.reason = plan->reason();
-  const AttentionTensors io = operands.tensors(backward);
-  const auto forward = [&] { backend.attention(*plan, io); };
-  row.forward_ms = 1e3 * median_seconds(backend, forward, repeats);
-  if (backward) {
-    const AttentionGradients grads = operands.gradients();
-    row.backward_ms = 1e3 * median_seconds(
-                                backend, [&] { backend.attention_backward(*plan, io, grads); }, repeats);
+};
+
+// All mods at one shape, sampled in turn.
+std::vector<Row> time_attention(Backend& backend, const AttentionShape& s,
+                                const std::vector<std::string>& mods, DType dtype, const std::string& kernel,
+                                bool backward, int repeats) {
+  using Works = std::vector<std::function<void()>>;
+  const Operands operands(backend, s, dtype);
+  const AttentionGradients grads = operands.gradients();
+  std::vector<Subject> subjects(mods.size());
+  for (size_t i = 0; i < mods.size(); ++i) {
+    const std::string& mod = mods[i];
+    Subject& x = subjects[i];
+    x.spec = spec_of(mod, s, backend);
+    x.out = backend.empty(operands.q.shape(), dtype);
+    x.lse = backend.empty(operands.lse.shape(), operands.lse.dtype());
+    x.io = operands.tensors(backward);
+    x.io.out = heads_view(x.out);
+    if (backward) x.io.lse = &x.lse;
+    const size_t before = backend.arena().stats().in_use;
+    backend.arena().reset_peak();
+    x.plan = backend.plan_attention(s, x.spec, kernel);
+    backend.attention(*x.plan, x.io);
+    if (backward) backend.attention_backward(*x.plan, x.io, grads);
+    x.row.extra_mb = static_cast<double>(backend.arena().stats().peak - before) / 1e6;
+    x.row.kernel = x.plan->kernel();
+    x.row.reason = x.plan->reason();
+    x.row.forward_flops = product_flops(mod, s);
+    x.row.bytes = static_cast<double>(2 * operands.q.bytes() + operands.k.bytes() + operands.v.bytes());
   }
-  row.extra_mb = static_cast<double>(backend.arena().stats().peak - before) / 1e6;
-  // A plan builds its lists of blocks when they are first needed: what a forward of its own adds to the
-  // plan's and the forward's time, nothing running beside it.
-  if (spec.mask) {
-    const double together = 1e3 * median_seconds(
-                                      backend,
-                                      [&] {
-                                        plan = backend.plan_attention(s, spec, kernel);
-                                        forward();
-                                        backend.synchronize();
-                                      },
-                                      repeats, 0);
-    const double alone = 1e3 * median_seconds(
-                                   backend,
-                                   [&] {
-                                     forward();
-                                     backend.synchronize();
-                                   },
-                                   repeats, 0);
-    row.mask_ms = std::max(0.0, together - alone);
+
+  Works plans, forwards, backwards, with_lists, without;
+  std::vector<Subject*> masked;
+  for (Subject& x : subjects) {
+    plans.emplace_back([&] { x.plan = backend.plan_attention(s, x.spec, kernel); });
+    forwards.emplace_back([&] { backend.attention(*x.plan, x.io); });
+    backwards.emplace_back([&] { backend.attention_backward(*x.plan, x.io, grads); });
+    if (!x.spec.mask) continue;
+    masked.push_back(&x);
+    // A plan builds its lists of blocks when they are first needed.
+    with_lists.emplace_back([&] {
+      x.plan = backend.plan_attention(s, x.spec, kernel);
+      backend.synchronize();
+      backend.attention(*x.plan, x.io);
+    });
+    without.emplace_back([&] {
+      backend.plan_attention(s, x.spec, kernel);
+      backend.synchronize();
+      backend.attention(*x.plan, x.io);
+    });
   }
-  row.forward_flops = product_flops(mod, s);
-  row.bytes = static_cast<double>(2 * operands.q.bytes() + operands.k.bytes() + operands.v.bytes());
-  return row;
+  const auto record = [&](const Works& works, double Row::*to) {
+    const std::vector<double> seconds = median_seconds_in_turn(backend, works, repeats);
+    for (size_t i = 0; i < seconds.size(); ++i) subjects[i].row.*to = 1e3 * seconds[i];
+  };
+  record(plans, &Row::plan_ms);
+  record(forwards, &Row::forward_ms);
+  if (backward) record(backwards, &Row::backward_ms);
+  for (size_t i = 0; i < masked.size(); ++i) {
+    const std::vector<double> seconds =
+        median_seconds_in_turn(backend, {with_lists[i], without[i]}, 4 * repeats + 1, 0);
+    masked[i]->row.mask_ms = std::max(0.0, 1e3 * (seconds[0] - seconds[1]));
+  }
+  std::vector<Row> rows;
+  for (const Subject& x : subjects) rows.push_back(x.row);
+  return rows;
 }
 
 // ---- first use ------------------------------------------------------------------------------------------
@@ -321,9 +350,11 @@ int bench_attention(const Words& words) {
   for (const std::string& text : c.shapes) {
     const AttentionShape shape = parse_shape(text);
     const bool backward = !c.no_backward && shape.q_len == shape.kv_len;
-    for (const std::string& mod : c.mods) {
-      const Row r = time_attention(*backend, shape, mod, c.compute.compute_dtype(), c.kernel, backward,
-                                   static_cast<int>(c.repeats));
+    const std::vector<Row> timed = time_attention(*backend, shape, c.mods, c.compute.compute_dtype(),
+                                                  c.kernel, backward, static_cast<int>(c.repeats));
+    for (size_t i = 0; i < timed.size(); ++i) {
+      const Row& r = timed[i];
+      const std::string& mod = c.mods[i];
       const double forward = r.forward_flops / r.forward_ms / 1e9;
       const double back = backward ? 2.5 * r.forward_flops / r.backward_ms / 1e9 : 0;
       const auto number = [](double x, const char* format) {

@@ -27,7 +27,7 @@ struct VerifyAttention {
   std::vector<std::string> tensors, differentiable;
   int64_t batch = 2, n_head = 4, n_kv_head = 2, q_len = 70, head_dim = 64;
   std::optional<int64_t> kv_len;
-  int64_t q_offset = 0, random = 0, seed = 1, repeats = 20;
+  int64_t q_offset = 0, random = 0, forms = 0, seed = 1, repeats = 20;
   std::string kernel = "all", run_id, runs = "runs";
   std::optional<std::string> save;
   bool json = false;
@@ -55,6 +55,9 @@ struct VerifyAttention {
         .group("Your own mod")
         .not_recorded();
     o.add("--random", &random, "random cases on top").at_least(0).group("Random cases");
+    o.add("--forms", &forms, "share so many expressions and head dims, and so kernels; 0: each has its own")
+        .at_least(0)
+        .group("Random cases");
     o.add("--seed", &seed, "of the first random case, and of the tensors of your own mod")
         .at_least(0)
         .group("Random cases");
@@ -158,7 +161,7 @@ int verify_attention_command(const Words& words) {
     cases.insert(cases.end(), suite.begin(), suite.end());
   }
   for (int64_t i = 0; i < c.random; ++i)
-    cases.push_back(random_attention_case(static_cast<uint64_t>(c.seed + i)));
+    cases.push_back(random_attention_case(static_cast<uint64_t>(c.seed + i), static_cast<uint64_t>(c.forms)));
 
   check(!c.save || own, "--save needs --mask or --score-mod");
   if (c.save) {

@@ -268,15 +268,16 @@ int64_t between(Rng& rng, int64_t low, int64_t high) {
   return low + static_cast<int64_t>(rng.below(static_cast<uint64_t>(high - low + 1)));
 }
 
-Expr random_mask(Rng& rng, const AttentionShape& s, flex::Bindings& bindings) {
+// form: draws what is part of the expression; rng: draws data.
+Expr random_mask(Rng& form, Rng& rng, const AttentionShape& s, flex::Bindings& bindings) {
   const auto v = flex::variables();
   const Capture doc("doc", {Axis::b, Axis::pos}, flex::Type::integer);
   const Capture length("length", {Axis::b}, flex::Type::integer);
-  switch (rng.below(7)) {
+  switch (form.below(7)) {
     case 0:
       return flex::causal();
     case 1:
-      return flex::causal() && (flex::window(between(rng, 1, 70)) || flex::sink(between(rng, 0, 5)));
+      return flex::causal() && (flex::window(between(form, 1, 70)) || flex::sink(between(form, 0, 5)));
     case 2:
       bindings.set("doc", document_ids(s.batch, 400, rng.next_u32()));
       return flex::causal() && flex::document(doc);
@@ -287,22 +288,23 @@ Expr random_mask(Rng& rng, const AttentionShape& s, flex::Bindings& bindings) {
       return flex::prefix_lm(length);
     }
     case 4:
-      return (v.q + v.kv) % between(rng, 2, 5) != 0;
+      return (v.q + v.kv) % between(form, 2, 5) != 0;
     case 5:
-      return flex::abs(v.q - v.kv) <= between(rng, 0, 40) || v.kv == v.h;
+      return flex::abs(v.q - v.kv) <= between(form, 0, 40) || v.kv == v.h;
     default:
       return flex::floor_div(v.q, 16) == flex::floor_div(v.kv, 16) || v.kv < v.n_kv - 9;
   }
 }
 
-std::optional<Expr> random_score_mod(Rng& rng, const AttentionShape& s, flex::Bindings& bindings) {
+std::optional<Expr> random_score_mod(Rng& form, Rng& rng, const AttentionShape& s,
+                                     flex::Bindings& bindings) {
   const auto v = flex::variables();
   const Capture slope("slope", {Axis::h}, flex::Type::number, /*differentiable=*/true);
   const Capture key_bias("key_bias", {Axis::b, Axis::h, Axis::kv}, flex::Type::number,
                          /*differentiable=*/true);
-  switch (rng.below(6)) {
+  switch (form.below(6)) {
     case 0:
-      return flex::softcap(pick(rng, {1.5, 4.0, 30.0}));
+      return flex::softcap(pick(form, {1.5, 4.0, 30.0}));
     case 1:
       bindings.set("slope", numbers({s.n_head}, rng.next_u32(), 0.01, 0.5));
       return flex::alibi(slope);
@@ -316,9 +318,12 @@ std::optional<Expr> random_score_mod(Rng& rng, const AttentionShape& s, flex::Bi
         bindings.set(c.name(), spec.bindings.at(c));
       return spec.score_mod;
     }
-    case 4:
-      return flex::min(v.score, 1.5) - flex::softplus(v.score * 0.3) / 4 +
+    case 4: {
+      // No kink: at one the gradient of a score that lies within its rounding is not defined.
+      const Expr above = flex::max(v.score - 1.0, 0.0);
+      return v.score - 0.1 * above * above - flex::softplus(v.score * 0.3) / 4 +
              flex::where(v.kv % 3 == 0, 0.25, -0.25);
+    }
     default:
       return std::nullopt;
   }
@@ -326,8 +331,8 @@ std::optional<Expr> random_score_mod(Rng& rng, const AttentionShape& s, flex::Bi
 
 }  // namespace
 
-AttentionCase random_attention_case(uint64_t seed) {
-  Rng rng(seed, /*stream=*/11);
+AttentionCase random_attention_case(uint64_t seed, uint64_t forms) {
+  Rng rng(seed, /*stream=*/11), form(forms > 0 ? seed % forms : seed, /*stream=*/12);
   AttentionCase c;
   c.seed = seed;
   const int64_t kv_heads = pick<int64_t>(rng, {1, 1, 2, 3}), group = pick<int64_t>(rng, {1, 2, 3, 4});
@@ -336,7 +341,7 @@ AttentionCase random_attention_case(uint64_t seed) {
   const int64_t q_len =
       square ? kv_len : pick<int64_t>(rng, {1, 1, between(rng, 0, 20), between(rng, 1, 100)});
   c.shape = shape_of(between(rng, 1, 3), kv_heads * group, kv_heads, q_len, kv_len,
-                     pick<int64_t>(rng, {32, 64, 64, 80, 96, 128, 128, 192, 256}));
+                     pick<int64_t>(form, {32, 64, 64, 80, 96, 128, 128, 192, 256}));
   AttentionShape& s = c.shape;
   for (int64_t b = 0; rng.below(2) == 0 && b < s.batch; ++b) {
     if (b == 0) {
@@ -355,13 +360,13 @@ AttentionCase random_attention_case(uint64_t seed) {
     c.spec.causal = true;
     if (rng.below(3) == 0) c.spec.window = between(rng, 0, 60);
   }
-  if (rng.below(3) != 0) c.spec.mask = random_mask(rng, s, c.spec.bindings);
-  if (rng.below(2) == 0) c.spec.score_mod = random_score_mod(rng, s, c.spec.bindings);
-  if (rng.below(4) == 0) {
+  if (form.below(3) != 0) c.spec.mask = random_mask(form, rng, s, c.spec.bindings);
+  if (form.below(2) == 0) c.spec.score_mod = random_score_mod(form, rng, s, c.spec.bindings);
+  if (form.below(4) == 0) {
     c.spec.dropout = 0.3;
     c.spec.dropout_seed = rng.next_u64();
   }
-  if (rng.below(4) == 0) {
+  if (form.below(4) == 0) {
     c.spec.page_size = pick<int64_t>(rng, {1, 8, 16, 64});
     c.backward = false;
   }

@@ -3,7 +3,8 @@
 // mma.sync (wgmma for the backward on Hopper, FFMA in f32), and a split-key pass for few queries a row.
 //
 // Lists of tiles depend on tile sizes, which depend on dtype and GPU (kernels/tiles.cuh); each is built at
-// its first use, which must therefore not be inside a captured step.
+// its first use: on the device (block_lists.cu) if the mask has a flat program (flex/flat_mask.h), otherwise
+// on the host, which must not be inside a captured step.
 #pragma once
 
 #include <array>
@@ -19,6 +20,7 @@
 #include "backend/cuda/jit.h"
 #include "backend/cuda/kernels/attention_params.cuh"
 #include "flex/emit.h"
+#include "flex/flat_mask.h"
 
 namespace flexchat::cuda {
 
@@ -31,7 +33,20 @@ struct DeviceBlocks {
   int64_t batch_rows = 1, head_rows = 1;
 };
 
-// Which tiles of keys each tile of queries visits, and the reverse.
+// The tiles of one attention; n_batch, n_head 1: the lists are the same for every batch row, or head.
+struct TileGrid {
+  int64_t n_batch, n_head, n_q_tiles, n_kv_tiles, block_q, block_kv;
+  int64_t tiles() const { return n_batch * n_head * n_q_tiles * n_kv_tiles; }
+};
+// Where build_tile_lists writes: AttentionBlocks of query tiles, with n_kv_tiles places for each list; or with
+// `dense`, scratch of (tiles) i32, those of key tiles, with n_q_tiles places each.
+struct TileListBuffers {
+  int *begin, *entry, *rank, *dense;
+};
+void build_tile_lists(Context& context, const flex::FlatMask& mask, const AttentionParams& params,
+                      const TileGrid& grid, const TileListBuffers& to);
+
+// The same made on the host: which tiles of keys each tile of queries visits, and the reverse.
 struct TileLists {
   std::vector<int32_t> begin, entry, rank;
   int64_t batch_rows = 1, head_rows = 1;
@@ -40,6 +55,16 @@ struct TileLists {
 TileLists query_tile_lists(const flex::BlockMask& mask);
 // The same of each key tile, with the rank that a key tile has in the list of its query tile.
 TileLists key_tile_lists(const flex::BlockMask& mask);
+
+// What a mask and a score mod become, whatever the batch: kept for as long as the program runs.
+struct PreparedMod {
+  flex::EmittedMod emitted;
+  std::optional<flex::FlatMask> mask;  // the whole mask, if it has a flat program
+  mutable std::mutex mutex;            // of what follows
+  // By entry, device, dtype, head dim, pages and dropout.
+  using KernelKey = std::tuple<std::string, int, DType, int64_t, bool, bool>;
+  mutable std::map<KernelKey, const JitKernel*> kernels;
+};
 
 class CudaAttentionPlan final : public AttentionPlan {
  public:
@@ -51,12 +76,12 @@ class CudaAttentionPlan final : public AttentionPlan {
 
   // What all passes share: sizes, mask, captured tensors, dropout. `batch` etc. hold no tensors yet.
   AttentionParams params() const;
-  const flex::EmittedMod& mod() const { return *mod_; }
+  const flex::EmittedMod& mod() const { return mod_->emitted; }
   const Tensor& capture(size_t i) const { return captures_[i]; }
 
   // Is this call one for the split-key pass?
   bool decodes() const;
-  // The kernel `entry` of a pass, for keys in pages or contiguous ones; looked up once a plan.
+  // The kernel `entry` of a pass, for keys in pages or contiguous ones.
   const JitKernel& kernel(const Context& context, const char* pass, DType dtype, bool paged,
                           const char* entry) const;
   // Lists for tiles of these sizes, of queries or (transposed) of keys.
@@ -64,15 +89,16 @@ class CudaAttentionPlan final : public AttentionPlan {
 
  private:
   using BlocksKey = std::array<int64_t, 3>;  // block_q, block_kv, transposed
+  DeviceBlocks lists_by_device(const TileGrid& grid, bool transposed) const;
+  DeviceBlocks lists_by_host(const TileGrid& grid, bool transposed) const;
 
   CudaBackend& backend_;
-  std::shared_ptr<const flex::EmittedMod> mod_;
+  const PreparedMod* mod_;
   std::string reason_;
   Tensor q_lens_, kv_lens_, q_offsets_;  // i32 or undefined
   std::vector<Tensor> captures_;         // f32 or i32
   mutable std::mutex mutex_;             // of what follows
   mutable std::map<BlocksKey, DeviceBlocks> blocks_;
-  mutable std::map<std::tuple<std::string, DType, bool>, const JitKernel*> kernels_;  // by entry
 };
 
 // What a pass moves and computes at least: `tensors` of the size of q and out, or k and v, and `products` of

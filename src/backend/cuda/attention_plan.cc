@@ -33,12 +33,32 @@ Tensor upload_capture(Backend& backend, const flex::Capture& capture, const Tens
 
 // The built-in mask and the expression as one.
 flex::Expr whole_mask(const AttentionSpec& spec) {
-  const auto [score, b, h, q, kv, n_q, n_kv] = flex::variables();
   flex::Expr mask = *spec.mask;
   if (spec.causal) mask = flex::causal() && mask;
   if (spec.causal && spec.window >= 0) mask = flex::window(spec.window + 1) && mask;
   return mask;
 }
+
+// Expressions are the same exactly when their nodes are, and nodes live as long as the program.
+const PreparedMod* prepare(const AttentionSpec& spec) {
+  using Key = std::array<const flex::Node*, 3>;
+  static std::mutex mutex;
+  static auto* const prepared = new std::map<Key, std::unique_ptr<const PreparedMod>>;
+  const auto node = [](const std::optional<flex::Expr>& e) { return e ? &e->node() : nullptr; };
+  std::optional<flex::Expr> whole;
+  if (spec.mask) whole = whole_mask(spec);
+  const std::lock_guard lock(mutex);
+  auto& place = (*prepared)[{node(whole), node(spec.mask), node(spec.score_mod)}];
+  if (place == nullptr) {
+    auto made = std::make_unique<PreparedMod>();
+    made->emitted = flex::emit_mod(spec.mask, spec.score_mod);
+    if (whole) made->mask = flex::flatten_mask(*whole, made->emitted.captures);
+    place = std::move(made);
+  }
+  return place.get();
+}
+
+constexpr int64_t kMostFlatTiles = int64_t{1} << 25;  // lists on the device have a place for every tile
 
 // Calls visit(block, partial) for the blocks of one list, ascending.
 template <class Visit>
@@ -117,14 +137,9 @@ CudaAttentionPlan::CudaAttentionPlan(CudaBackend& backend, const AttentionShape&
                                      const AttentionSpec& spec)
     : AttentionPlan(shape, spec), backend_(backend) {
   check_attention_support("cuda_mma", shape, spec);
-  if (spec.plain()) {
-    static const auto plain = std::make_shared<const flex::EmittedMod>(flex::emit_mod({}, {}));
-    mod_ = plain;
-  } else {
-    mod_ = std::make_shared<const flex::EmittedMod>(flex::emit_mod(spec.mask, spec.score_mod));
-  }
+  mod_ = prepare(spec);
   static_assert(kMaxCaptures == flex::max_emitted_captures);
-  for (const flex::Capture& capture : mod_->captures)
+  for (const flex::Capture& capture : mod().captures)
     captures_.push_back(upload_capture(backend, capture, spec.bindings.at(capture)));
   q_lens_ = upload_i32(backend, shape.q_lens);
   kv_lens_ = upload_i32(backend, shape.kv_lens);
@@ -170,8 +185,10 @@ AttentionParams CudaAttentionPlan::params() const {
 
 const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* pass, DType dtype, bool paged,
                                            const char* entry) const {
-  const std::lock_guard lock(mutex_);
-  const JitKernel*& kernel = kernels_[{entry, dtype, paged}];
+  const bool dropout = spec().dropout > 0;
+  const std::lock_guard lock(mod_->mutex);
+  const JitKernel*& kernel =
+      mod_->kernels[{entry, context.device().ordinal, dtype, shape().head_dim, paged, dropout}];
   if (kernel == nullptr) {
     const auto source = [&](const char* of_pass) {
       AttentionKernel wanted;
@@ -179,8 +196,8 @@ const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* p
       wanted.dtype = dtype;
       wanted.head_dim = shape().head_dim;
       wanted.paged = paged;
-      wanted.dropout = spec().dropout > 0;
-      return attention_source(wanted, *mod_);
+      wanted.dropout = dropout;
+      return attention_source(wanted, mod());
     };
     // Which of the two forward kernels runs is a matter of lengths, which change from call to call.
     std::vector<JitEntry> others;
@@ -194,27 +211,59 @@ const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* p
   return *kernel;
 }
 
+DeviceBlocks CudaAttentionPlan::lists_by_device(const TileGrid& grid, bool transposed) const {
+  const int64_t heads = grid.n_batch * grid.n_head;
+  DeviceBlocks made;
+  made.entry = 4 * heads * (transposed ? grid.n_kv_tiles : grid.n_q_tiles);
+  if (transposed) made.rank = made.entry + grid.tiles();
+  made.batch_rows = grid.n_batch;
+  made.head_rows = grid.n_head;
+  made.numbers = backend_.empty({made.entry + (transposed ? 2 : 1) * grid.tiles() + 1}, DType::i32);
+  Tensor dense;
+  if (transposed) dense = backend_.empty({grid.tiles()}, DType::i32);
+  int* const numbers = made.numbers.as<int>();
+  build_tile_lists(backend_.context(), *mod_->mask, params(), grid,
+                   {numbers, numbers + made.entry, transposed ? numbers + made.rank : nullptr,
+                    transposed ? dense.as<int>() : nullptr});
+  return made;
+}
+
+DeviceBlocks CudaAttentionPlan::lists_by_host(const TileGrid& grid, bool transposed) const {
+  const flex::BlockMask mask = flex::build_block_mask(whole_mask(spec()), spec().bindings, shape().extent(),
+                                                      grid.block_q, grid.block_kv);
+  check(mask.full.count() + mask.partial.count() < (int64_t{1} << 30),
+        "attention: the mask visits {} tiles; at most 2^30 are allowed",
+        mask.full.count() + mask.partial.count());
+  const TileLists lists = transposed ? key_tile_lists(mask) : query_tile_lists(mask);
+  const auto size = [](const std::vector<int32_t>& list) { return static_cast<int64_t>(list.size()); };
+  DeviceBlocks made;
+  made.entry = size(lists.begin);
+  if (transposed) made.rank = made.entry + size(lists.entry);
+  made.batch_rows = lists.batch_rows;
+  made.head_rows = lists.head_rows;
+  const Tensor host(host_arena(), {made.entry + size(lists.entry) + size(lists.rank) + 1}, DType::i32);
+  int32_t* to = host.as<int32_t>();
+  for (const std::vector<int32_t>* list : {&lists.begin, &lists.entry, &lists.rank})
+    to = std::copy(list->begin(), list->end(), to);
+  made.numbers = backend_.to_device(host);
+  return made;
+}
+
 AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, bool transposed) const {
   if (!spec().mask) return {};
   const std::lock_guard lock(mutex_);
   DeviceBlocks& device = blocks_[{block_q, block_kv, transposed ? 1 : 0}];
   if (!device.numbers.defined()) {
-    const flex::BlockMask mask =
-        flex::build_block_mask(whole_mask(spec()), spec().bindings, shape().extent(), block_q, block_kv);
-    check(mask.full.count() + mask.partial.count() < (int64_t{1} << 30),
-          "attention: the mask visits {} tiles; at most 2^30 are allowed",
-          mask.full.count() + mask.partial.count());
-    const TileLists lists = transposed ? key_tile_lists(mask) : query_tile_lists(mask);
-    const auto size = [](const std::vector<int32_t>& list) { return static_cast<int64_t>(list.size()); };
-    device.entry = size(lists.begin);
-    if (transposed) device.rank = device.entry + size(lists.entry);
-    device.batch_rows = lists.batch_rows;
-    device.head_rows = lists.head_rows;
-    const Tensor host(host_arena(), {device.entry + size(lists.entry) + size(lists.rank) + 1}, DType::i32);
-    int32_t* to = host.as<int32_t>();
-    for (const std::vector<int32_t>* list : {&lists.begin, &lists.entry, &lists.rank})
-      to = std::copy(list->begin(), list->end(), to);
-    device.numbers = backend_.to_device(host);
+    const AttentionShape& s = shape();
+    const bool uniform = s.extent().uniform();
+    const TileGrid grid = {spec().mask->uses(flex::Var::b) || !uniform ? s.batch : 1,
+                           spec().mask->uses(flex::Var::h) ? s.n_head : 1,
+                           (s.q_len + block_q - 1) / block_q,
+                           (s.kv_len + block_kv - 1) / block_kv,
+                           block_q,
+                           block_kv};
+    device = mod_->mask && grid.tiles() <= kMostFlatTiles ? lists_by_device(grid, transposed)
+                                                          : lists_by_host(grid, transposed);
   }
   const int* numbers = device.numbers.as<int>();
   return {numbers, numbers + device.entry, device.rank < 0 ? nullptr : numbers + device.rank,
