@@ -8,7 +8,6 @@
 #include <bit>
 
 #include "base/error.h"
-#include "flex/flat_mask.h"
 #include "flex/interval.h"
 
 namespace flexchat::flex {
@@ -21,6 +20,21 @@ constexpr int64_t stripe = 64;
 
 // Terms of a conjunction that are bounded one by one.
 constexpr size_t max_terms = 64;
+
+// What `mask` is the conjunction of.
+std::vector<Expr> split_terms(const Expr& mask) {
+  std::vector<Expr> terms = {mask};
+  for (size_t i = 0; i < terms.size();) {
+    const Expr term = terms[i];
+    if (term.node().op != Op::logical_and || terms.size() == max_terms) {
+      ++i;
+      continue;
+    }
+    terms[i] = term.node().args[0];
+    terms.push_back(term.node().args[1]);
+  }
+  return terms;
+}
 
 int64_t blocks_of(int64_t positions, int64_t block) { return (positions + block - 1) / block; }
 
@@ -183,7 +197,7 @@ BlockMask build_block_mask(const Expr& mask, const Bindings& bindings, const Ext
   result.n_head = mask.uses(Var::h) ? extent.n_head : 1;
 
   std::vector<IntervalAnalysis> terms;
-  for (const Expr& term : split_terms(mask, max_terms)) terms.emplace_back(term, bindings);
+  for (const Expr& term : split_terms(mask)) terms.emplace_back(term, bindings);
   std::vector<uint8_t> states(static_cast<size_t>(std::min(stripe, result.n_q_blocks) * result.n_kv_blocks));
   for (int64_t b = 0; b < result.n_batch; ++b) {
     for (int64_t h = 0; h < result.n_head; ++h) {

@@ -10,8 +10,56 @@
 namespace flexchat::flex {
 namespace {
 
+constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t max_scan = 65536;  // elements of a captured tensor looked at for one box
 constexpr size_t max_slices = 16;
+
+Interval truth_interval(bool can_be_false, bool can_be_true) {
+  return {can_be_false ? 0.0 : 1.0, can_be_true ? 1.0 : 0.0};
+}
+
+// coefficient * position over first..last
+Interval scaled(double coefficient, int64_t first, int64_t last) {
+  const double x = coefficient * static_cast<double>(first), y = coefficient * static_cast<double>(last);
+  return {std::min(x, y), std::max(x, y)};
+}
+
+// Sums of integers cannot meet inf - inf: an unknown lower bound is -inf, an upper one inf.
+Interval plus(const Interval& x, const Interval& y) { return {x.lo + y.lo, x.hi + y.hi}; }
+Interval minus(const Interval& x, const Interval& y) { return {x.lo - y.hi, x.hi - y.lo}; }
+
+// Does `x op 0` hold for some, and fail for some, value of x?
+Interval compare_with_zero(Op op, const Interval& x) {
+  switch (op) {
+    case Op::lt:
+      return truth_interval(x.hi >= 0 || x.nan, x.lo < 0);
+    case Op::le:
+      return truth_interval(x.hi > 0 || x.nan, x.lo <= 0);
+    case Op::eq:
+      return truth_interval(x.lo != 0 || x.hi != 0 || x.nan, x.lo <= 0 && 0 <= x.hi);
+    case Op::ne:
+      return truth_interval(x.lo <= 0 && 0 <= x.hi, x.lo != 0 || x.hi != 0 || x.nan);
+    default:
+      fail("'{}' is no comparison", op_name(op));
+  }
+}
+
+// The same for two numbers, which need not be finite.
+Interval compare_numbers(Op op, const Interval& x, const Interval& y) {
+  const bool nan = x.nan || y.nan;
+  const bool overlap = x.lo <= y.hi && y.lo <= x.hi;
+  const bool one_value = x.lo == x.hi && y.lo == y.hi && x.lo == y.lo;
+  switch (op) {
+    case Op::lt:
+      return truth_interval(x.hi >= y.lo || nan, x.lo < y.hi);
+    case Op::le:
+      return truth_interval(x.hi > y.lo || nan, x.lo <= y.hi);
+    case Op::eq:
+      return truth_interval(!one_value || nan, overlap);
+    default:
+      return truth_interval(overlap, !one_value || nan);
+  }
+}
 
 }  // namespace
 
@@ -40,7 +88,7 @@ void IntervalAnalysis::set_row(int64_t b, int64_t h, int64_t n_q, int64_t n_kv) 
 
 void IntervalAnalysis::update(size_t i) {
   const Instruction& in = program_.code[i];
-  bounds_[i] = in.op == Op::capture ? bounds::ranged(capture(in)) : bound(in);
+  bounds_[i] = in.op == Op::capture ? linear(0, 0, capture(in)) : bound(in);
 }
 
 Interval IntervalAnalysis::range(const Box& box) {
@@ -49,30 +97,96 @@ Interval IntervalAnalysis::range(const Box& box) {
   return bounds_[static_cast<size_t>(program_.roots.front())].range;
 }
 
-Truth IntervalAnalysis::truth(const Box& box) { return bounds::truth(range(box)); }
+Truth IntervalAnalysis::truth(const Box& box) {
+  const Interval r = range(box);
+  if (r.hi == 0) return Truth::never;
+  return r.lo == 1 ? Truth::always : Truth::mixed;
+}
 
-Bound IntervalAnalysis::bound(const Instruction& in) const {
-  const auto at = [&](size_t i) { return static_cast<size_t>(in.args[i]); };
-  const auto arg = [&](size_t i) -> const Bound& {  // the first in place of those there are not
-    return bounds_[at(i < static_cast<size_t>(in.n_args) ? i : 0)];
-  };
-  if (in.op == Op::constant) return bounds::ranged(bounds::exactly(in.value));
-  if (in.op == Op::variable) {
-    if (in.var == Var::q) return bounds::linear(box_, 1, 0, {0, 0});
-    if (in.var == Var::kv) return bounds::linear(box_, 0, 1, {0, 0});
-    return bounds::ranged(variable(in.var));
+IntervalAnalysis::Bound IntervalAnalysis::linear(double q, double kv, Interval rest) const {
+  if (q == 0 && kv == 0) return {0, 0, rest, rest};
+  const Interval by_q = scaled(q, box_.q_first, box_.q_last), by_kv = scaled(kv, box_.kv_first, box_.kv_last);
+  return {q, kv, rest, {rest.lo + by_q.lo + by_kv.lo, rest.hi + by_q.hi + by_kv.hi, rest.nan}};
+}
+
+IntervalAnalysis::Bound IntervalAnalysis::difference(const Bound& x, const Bound& y) const {
+  return linear(x.q - y.q, x.kv - y.kv, minus(x.rest, y.rest));
+}
+
+// A product stays linear when one factor has a single value over the box.
+IntervalAnalysis::Bound IntervalAnalysis::integer_product(const Bound& x, const Bound& y) const {
+  const auto single = [](const Bound& v) { return v.range.lo == v.range.hi && std::isfinite(v.range.lo); };
+  if (!single(x) && !single(y)) return linear(0, 0, apply_interval(Op::mul, x.range, y.range, true));
+  const Bound& form = single(y) ? x : y;
+  const double factor = single(y) ? y.range.lo : x.range.lo;
+  return linear(factor * form.q, factor * form.kv,
+                apply_interval(Op::mul, form.rest, {factor, factor}, true));
+}
+
+IntervalAnalysis::Bound IntervalAnalysis::compare(const Instruction& in, const Bound& x,
+                                                  const Bound& y) const {
+  const bool integers = program_.code[static_cast<size_t>(in.args[0])].type == Type::integer &&
+                        program_.code[static_cast<size_t>(in.args[1])].type == Type::integer;
+  return linear(
+      0, 0,
+      integers ? compare_with_zero(in.op, difference(x, y).range) : compare_numbers(in.op, x.range, y.range));
+}
+
+IntervalAnalysis::Bound IntervalAnalysis::choose(const Instruction& in, const Bound& c, const Bound& x,
+                                                 const Bound& y) const {
+  const bool decided = c.range.lo == c.range.hi;
+  if (decided) {
+    const Bound& chosen = c.range.lo == 1 ? x : y;
+    // An integer branch of a number-valued choice gives up its linear form: numbers may round.
+    return in.type == Type::integer ? chosen : linear(0, 0, chosen.range);
+  }
+  if (in.type == Type::integer && x.q == y.q && x.kv == y.kv) return linear(x.q, x.kv, hull(x.rest, y.rest));
+  return linear(0, 0, hull(x.range, y.range));
+}
+
+IntervalAnalysis::Bound IntervalAnalysis::bound(const Instruction& in) const {
+  const auto arg = [&](size_t i) -> const Bound& { return bounds_[static_cast<size_t>(in.args[i])]; };
+  switch (in.op) {
+    case Op::constant:
+      return linear(0, 0, {in.value, in.value});
+    case Op::variable:
+      if (in.var == Var::q) return linear(1, 0, {0, 0});
+      if (in.var == Var::kv) return linear(0, 1, {0, 0});
+      return linear(0, 0, variable(in.var));
+    case Op::lt:
+    case Op::le:
+    case Op::eq:
+    case Op::ne:
+      return compare(in, arg(0), arg(1));
+    case Op::logical_and:
+      return linear(0, 0,
+                    {std::min(arg(0).range.lo, arg(1).range.lo), std::min(arg(0).range.hi, arg(1).range.hi)});
+    case Op::logical_or:
+      return linear(0, 0,
+                    {std::max(arg(0).range.lo, arg(1).range.lo), std::max(arg(0).range.hi, arg(1).range.hi)});
+    case Op::logical_not:
+      return linear(0, 0, {1 - arg(0).range.hi, 1 - arg(0).range.lo});
+    case Op::where:
+      return choose(in, arg(0), arg(1), arg(2));
+    default:
+      break;
   }
   const bool integers = in.type == Type::integer;
-  if (needs_library(in.op))
-    return bounds::ranged(apply_interval(in.op, arg(0).range, arg(1).range, integers));
-  bool of_integers = true;
-  for (size_t i = 0; i < static_cast<size_t>(in.n_args); ++i)
-    of_integers = of_integers && program_.code[at(i)].type == Type::integer;
-  return bounds::combine(box_, in.op, integers, of_integers, arg(0), arg(1), arg(2));
+  if (integers && in.op == Op::add) {
+    const Bound &x = arg(0), &y = arg(1);
+    return linear(x.q + y.q, x.kv + y.kv, plus(x.rest, y.rest));
+  }
+  if (integers && in.op == Op::sub) return difference(arg(0), arg(1));
+  if (integers && in.op == Op::neg) {
+    return linear(-arg(0).q, -arg(0).kv, minus({0, 0}, arg(0).rest));
+  }
+  if (integers && in.op == Op::mul) return integer_product(arg(0), arg(1));
+  return linear(0, 0,
+                apply_interval(in.op, arg(0).range, in.n_args > 1 ? arg(1).range : Interval{}, integers));
 }
 
 Interval IntervalAnalysis::variable(Var var) const {
-  const auto exactly = [](int64_t x) { return bounds::exactly(static_cast<double>(x)); };
+  const auto exactly = [](int64_t x) { return Interval{static_cast<double>(x), static_cast<double>(x)}; };
   switch (var) {
     case Var::b:
       return exactly(b_);
@@ -83,7 +197,7 @@ Interval IntervalAnalysis::variable(Var var) const {
     case Var::n_kv:
       return exactly(n_kv_);
     default:
-      return bounds::unbounded(true);
+      return unbounded(true);
   }
 }
 
@@ -122,18 +236,18 @@ Interval IntervalAnalysis::capture(const Instruction& in) {
     elements *= count[a];
     step *= tensor.dim(axis);
   }
-  const auto single = [](double x) { return std::isnan(x) ? bounds::unbounded(true) : bounds::exactly(x); };
+  const auto single = [](double x) { return std::isnan(x) ? unbounded(true) : Interval{x, x}; };
   if (n_varying == 0) return single(tensor.get(offset));
   const auto v = static_cast<size_t>(varying);
   if (n_varying == 1) return table(in, varying, offset, stride[v]).range(first[v], first[v] + count[v] - 1);
-  if (elements > max_scan) return bounds::unbounded(in.type == Type::number);
+  if (elements > max_scan) return unbounded(in.type == Type::number);
   // Several axes vary, as in bias[q,kv]: look at the elements, like an odometer.
-  Interval result{bounds::infinity, -bounds::infinity};
+  Interval result{infinity, -infinity};
   std::array<int64_t, 4> at{};
   for (int64_t i = 0; i < elements; ++i) {
     int64_t place = 0;
     for (size_t a = 0; a < 4; ++a) place += (first[a] + at[a]) * stride[a];
-    result = bounds::hull(result, single(tensor.get(place)));
+    result = hull(result, single(tensor.get(place)));
     for (size_t a = 4; a-- > 0;) {
       if (++at[a] < count[a]) break;
       at[a] = 0;

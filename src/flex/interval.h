@@ -4,9 +4,11 @@
 // interval that contains each value the node takes in the box. For a mask this answers, without looking at
 // a single element: always false (skip the block), always true (attend without evaluating the mask) or mixed.
 //
-// Plain intervals forget that the two q in `q - kv < w && kv <= q` are the same. So an integer node is a
-// linear form of q and kv (flex/bound.h), whose range is taken only when a nonlinear operator needs it.
-// Captured tensors contribute their minimum and maximum over the box (flex/range_table.h).
+// Plain intervals forget that the two q in `q - kv < w && kv <= q` are the same. So an integer node is
+//   a*q + c*kv + rest,   rest in [lo, hi],
+// and its range is taken only when a nonlinear operator needs it. Comparisons subtract the two linear forms
+// first, so the diagonals of causal and window masks come out exactly. Captured tensors contribute their
+// minimum and maximum over the box (flex/range_table.h).
 //
 // Sound, always: a verdict of false or true is right for every element. (Rounding is monotone, so bounds
 // computed in double hold for values computed in double; bounds of exp, log and the like are widened by a few
@@ -21,11 +23,17 @@
 #include <vector>
 
 #include "flex/bindings.h"
-#include "flex/bound.h"
 #include "flex/program.h"
 #include "flex/range_table.h"
 
 namespace flexchat::flex {
+
+enum class Truth : uint8_t { never, always, mixed };
+
+// Positions first..last, both included.
+struct Box {
+  int64_t q_first, q_last, kv_first, kv_last;
+};
 
 class IntervalAnalysis {
  public:
@@ -40,6 +48,12 @@ class IntervalAnalysis {
   Truth truth(const Box& box);
 
  private:
+  // The linear form of a node over the present box, with its range.
+  struct Bound {
+    double q = 0, kv = 0;  // coefficients; zero unless the node is an integer
+    Interval rest;
+    Interval range;
+  };
   // The range table of one 1-D slice of a captured tensor.
   struct Slice {
     int capture, axis;
@@ -49,6 +63,11 @@ class IntervalAnalysis {
 
   void update(size_t i);  // bounds_[i]
   Bound bound(const Instruction& in) const;
+  Bound linear(double q, double kv, Interval rest) const;
+  Bound difference(const Bound& x, const Bound& y) const;
+  Bound compare(const Instruction& in, const Bound& x, const Bound& y) const;
+  Bound choose(const Instruction& in, const Bound& c, const Bound& x, const Bound& y) const;
+  Bound integer_product(const Bound& x, const Bound& y) const;
   Interval variable(Var var) const;
   Interval capture(const Instruction& in);
   const RangeTable& table(const Instruction& in, int axis, int64_t offset, int64_t stride);

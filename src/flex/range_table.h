@@ -10,9 +10,14 @@
 #include <vector>
 
 #include "base/tensor.h"
-#include "flex/bound.h"
 
 namespace flexchat::flex {
+
+// All values x with lo <= x <= hi; with `nan`, possibly also NaN.
+struct Interval {
+  double lo, hi;
+  bool nan = false;
+};
 
 class RangeTable {
  public:

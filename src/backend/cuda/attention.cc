@@ -148,13 +148,15 @@ void run_decode(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtype
 void run_forward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtype, AttentionParams p) {
   const AttentionShape& s = plan.shape();
   const int type = kernel_dtype(dtype), d = static_cast<int>(s.head_dim);
-  const ForwardTile tile = forward_tile(type, d);
-  p.blocks = plan.blocks(tile.block_q(), tile.block_kv, false);
   Context& context = backend.context();
+  const int major = context.device().major;
+  const ForwardTile tile = forward_tile(type, d, major == 9);
+  p.blocks = plan.blocks(tile.block_q(), tile.block_kv, false);
   launch(context, plan.kernel(context, "forward", dtype, p.block_table != nullptr, "attention_forward"),
          attention_work(plan, dtype, 2, 2),
          dim3(blocks(s.q_len, tile.block_q()) * blocks(s.batch * s.n_head)),
-         dim3(static_cast<unsigned>(tile.threads())), static_cast<size_t>(forward_shared_bytes(type, d)), p);
+         dim3(static_cast<unsigned>(tile.block_threads())),
+         static_cast<size_t>(forward_shared_bytes(type, d, major)), p);
 }
 
 // Scratch and results of captured tensors' gradients.

@@ -3,7 +3,7 @@
 // mma.sync (wgmma for the backward on Hopper, FFMA in f32), and a split-key pass for few queries a row.
 //
 // Lists of tiles depend on tile sizes, which depend on dtype and GPU (kernels/tiles.cuh); each is built at
-// its first use: on the device (block_lists.cu) if the mask has a flat program (flex/flat_mask.h), otherwise
+// its first use: on the device (block_lists.cu) if the mask is made of linear comparisons (flex/linear_mask.h), otherwise
 // on the host, which must not be inside a captured step.
 #pragma once
 
@@ -20,7 +20,7 @@
 #include "backend/cuda/jit.h"
 #include "backend/cuda/kernels/attention_params.cuh"
 #include "flex/emit.h"
-#include "flex/flat_mask.h"
+#include "flex/linear_mask.h"
 
 namespace flexchat::cuda {
 
@@ -43,7 +43,7 @@ struct TileGrid {
 struct TileListBuffers {
   int *begin, *entry, *rank, *dense;
 };
-void build_tile_lists(Context& context, const flex::FlatMask& mask, const AttentionParams& params,
+void build_tile_lists(Context& context, const flex::LinearMask& mask, const AttentionParams& params,
                       const TileGrid& grid, const TileListBuffers& to);
 
 // The same made on the host: which tiles of keys each tile of queries visits, and the reverse.
@@ -59,8 +59,8 @@ TileLists key_tile_lists(const flex::BlockMask& mask);
 // What a mask and a score mod become, whatever the batch: kept for as long as the program runs.
 struct PreparedMod {
   flex::EmittedMod emitted;
-  std::optional<flex::FlatMask> mask;  // the whole mask, if it has a flat program
-  mutable std::mutex mutex;            // of what follows
+  std::optional<flex::LinearMask> mask;  // the whole mask, if it is linear
+  mutable std::mutex mutex;              // of what follows
   // By entry, device, dtype, head dim, pages and dropout.
   using KernelKey = std::tuple<std::string, int, DType, int64_t, bool, bool>;
   mutable std::map<KernelKey, const JitKernel*> kernels;

@@ -52,13 +52,13 @@ const PreparedMod* prepare(const AttentionSpec& spec) {
   if (place == nullptr) {
     auto made = std::make_unique<PreparedMod>();
     made->emitted = flex::emit_mod(spec.mask, spec.score_mod);
-    if (whole) made->mask = flex::flatten_mask(*whole, made->emitted.captures);
+    if (whole) made->mask = flex::linear_mask(*whole, made->emitted.captures);
     place = std::move(made);
   }
   return place.get();
 }
 
-constexpr int64_t kMostFlatTiles = int64_t{1} << 25;  // lists on the device have a place for every tile
+constexpr int64_t kMostDeviceTiles = int64_t{1} << 25;  // lists on the device have a place for every tile
 
 // Calls visit(block, partial) for the blocks of one list, ascending.
 template <class Visit>
@@ -262,7 +262,7 @@ AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, boo
                            (s.kv_len + block_kv - 1) / block_kv,
                            block_q,
                            block_kv};
-    device = mod_->mask && grid.tiles() <= kMostFlatTiles ? lists_by_device(grid, transposed)
+    device = mod_->mask && grid.tiles() <= kMostDeviceTiles ? lists_by_device(grid, transposed)
                                                           : lists_by_host(grid, transposed);
   }
   const int* numbers = device.numbers.as<int>();

@@ -1,8 +1,8 @@
 // Lists of tiles that a mask visits (AttentionBlocks), built on the device: a thread classifies a tile of keys
-// for its block's tile of queries (flex/flat_mask.h), and the block packs what is visited into a list.
+// for its block's tile of queries (flex/linear_mask.h), and the block packs what is visited into a list.
 //
-// Work is one classification a tile, some 10 operations an instruction; captured tensors are read once for
-// each tile that terms without them leave open. Writes 4 bytes a tile.
+// Work is some 20 integer operations an atom and tile; captured tensors are read for tiles that clauses without
+// them leave open. Writes 4 bytes a tile.
 #include "backend/cuda/attention.h"
 #include "backend/cuda/runtime.h"
 
@@ -16,80 +16,57 @@ struct ListSizes {
   int n_q_tiles, n_kv_tiles, block_q, block_kv;
 };
 
-template <class T>
+// Where the elements of a read lie: data + offset + i * stride, i in first..last.
+struct Stretch {
+  const int* data;
+  long long stride;
+  int first, last;
+  bool of_queries;  // the same for all tiles of keys
+};
+__device__ Stretch stretch(const AttentionParams& p, const flex::LinearRead& read, const flex::LinearRow& row,
+                           const flex::Box& box) {
+  const AttentionCapture& capture = p.captures[read.capture];
+  Stretch x{static_cast<const int*>(capture.data), 0, 0, 0, true};
+  for (int axis = 0; axis < read.n_axes; ++axis) {
+    const flex::Var var = read.index[axis];
+    const long long stride = capture.stride[axis];
+    if (var == flex::Var::b) x.data += row.b * stride;
+    if (var == flex::Var::h) x.data += row.h * stride;
+    if (var != flex::Var::q && var != flex::Var::kv) continue;
+    x.of_queries = var == flex::Var::q;
+    x.stride = stride;
+    x.first = static_cast<int>(x.of_queries ? box.q_first : box.kv_first);
+    x.last = static_cast<int>(x.of_queries ? box.q_last : box.kv_last);
+  }
+  return x;
+}
+
+// The range of its elements, every `step`-th from the `begin`-th on.
 struct MinMax {
-  T lo, hi;
-  bool nan = false;
-  __device__ void add(T x) {
-    nan = nan || x != x;
+  int lo, hi;
+  __device__ void add(int x) {
     lo = min(lo, x);
     hi = max(hi, x);
   }
-  __device__ flex::Interval interval() const {
-    if (nan) return flex::bounds::unbounded(true);
-    return {static_cast<double>(lo), static_cast<double>(hi)};
-  }
 };
-
-// The range of elements first, first + step, ... up to last.
-template <class T>
-__device__ MinMax<T> scan(const T* data, long long stride, int first, int last, int step) {
-  MinMax<T> range{__ldg(data + first * stride), __ldg(data + first * stride)};
+__device__ MinMax scan(const Stretch& x, int begin, int step) {
+  const int first = min(x.first + begin, x.last);
+  const int start = __ldg(x.data + first * x.stride);
+  MinMax range{start, start};
   int i = first;
-  if constexpr (sizeof(T) == 4) {
-    if (step == 1 && stride == 1 && reinterpret_cast<uintptr_t>(data + first) % 16 == 0) {
-#pragma unroll 4
-      for (; i + 3 <= last; i += 4) {
-        const int4 four = __ldg(reinterpret_cast<const int4*>(data + i));
-        const int bits[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          T x;
-          memcpy(&x, &bits[k], 4);
-          range.add(x);
-        }
-      }
+  if (step == 1 && x.stride == 1 && reinterpret_cast<uintptr_t>(x.data + first) % 16 == 0) {
+#pragma unroll 8
+    for (; i + 3 <= x.last; i += 4) {
+      const int4 four = __ldg(reinterpret_cast<const int4*>(x.data + i));
+      range.add(four.x);
+      range.add(four.y);
+      range.add(four.z);
+      range.add(four.w);
     }
   }
 #pragma unroll 4
-  for (; i <= last; i += step) range.add(__ldg(data + i * stride));
+  for (; i <= x.last; i += step) range.add(__ldg(x.data + i * x.stride));
   return range;
-}
-
-// The range of elements first..last, found by a warp together.
-template <class T>
-__device__ MinMax<T> scan_by_warp(const T* data, long long stride, int first, int last) {
-  const int mine = min(first + static_cast<int>(threadIdx.x % 32), last);
-  MinMax<T> range = scan(data, stride, mine, last, 32);
-  for (int other = 16; other > 0; other /= 2) {
-    range.lo = min(range.lo, __shfl_xor_sync(~0u, range.lo, other));
-    range.hi = max(range.hi, __shfl_xor_sync(~0u, range.hi, other));
-  }
-  range.nan = __any_sync(~0u, range.nan);
-  return range;
-}
-
-// The interval of an access over a box; `together`: every thread of the warp asks for the same.
-__device__ flex::Interval access_range(const AttentionParams& p, const flex::FlatAccess& access,
-                                       const flex::FlatRow& row, const flex::Box& box, bool together) {
-  const AttentionCapture& capture = p.captures[access.capture];
-  long long offset = 0, stride = 0;
-  int first = 0, last = 0;
-  for (int axis = 0; axis < access.n_axes; ++axis) {
-    const flex::Var var = access.index[axis];
-    if (var == flex::Var::b) offset += row.b * capture.stride[axis];
-    if (var == flex::Var::h) offset += row.h * capture.stride[axis];
-    if (var != flex::Var::q && var != flex::Var::kv) continue;
-    stride = capture.stride[axis];
-    first = static_cast<int>(var == flex::Var::q ? box.q_first : box.kv_first);
-    last = static_cast<int>(var == flex::Var::q ? box.q_last : box.kv_last);
-  }
-  const auto range = [&](const auto* data) {
-    return together ? scan_by_warp(data, stride, first, last).interval()
-                    : scan(data, stride, first, last, 1).interval();
-  };
-  if (access.integers) return range(static_cast<const int*>(capture.data) + offset);
-  return range(static_cast<const float*>(capture.data) + offset);
 }
 
 // Positions in order: how many threads before this one have `mine`, and how many have it in all. For the whole
@@ -121,37 +98,45 @@ __device__ void write_head(int* begin, long long r, int at, int count, const int
 // One block a tile of queries. dense: instead of lists, for each tile of keys -1 or 2*(place in the list) +
 // partial.
 __global__ void __launch_bounds__(kListThreads)
-    query_lists_kernel(const __grid_constant__ flex::FlatMask mask, const __grid_constant__ AttentionParams p,
+    query_lists_kernel(const __grid_constant__ flex::LinearMask mask, const __grid_constant__ AttentionParams p,
                        const __grid_constant__ ListSizes sizes, int* begin, int* entry, int* dense) {
   __shared__ int counts[kListWarps], first[2];
-  __shared__ __align__(16) unsigned char outer_bytes[flex::max_flat_code * sizeof(flex::Bound)];
-  auto* const outer = reinterpret_cast<flex::Bound*>(outer_bytes);  // Bound has initializers, shared memory none
+  __shared__ MinMax of_queries[flex::max_mask_reads];
   const int r = static_cast<int>(blockIdx.x), bh = r / sizes.n_q_tiles, i = r % sizes.n_q_tiles;
   const int b = bh / sizes.n_head;
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int n_q = p.q_lens ? p.q_lens[b] : p.q_len, n_kv = p.kv_lens ? p.kv_lens[b] : p.kv_len;
   const int offset = p.q_offsets ? p.q_offsets[b] : 0;
-  const flex::FlatRow row{b, bh % sizes.n_head, n_q, n_kv};
+  const flex::LinearRow row{b, bh % sizes.n_head, n_q, n_kv};
   flex::Box box{offset + i * sizes.block_q, offset + min(n_q, (i + 1) * sizes.block_q) - 1, 0, 0};
   const bool exists = i * sizes.block_q < n_q;
-  if (exists && threadIdx.x < 32) {
-    flex::Bound mine[flex::max_flat_code];
-    flex::flat_begin(mask, row, box, mine, [&](const flex::FlatAccess& access) {
-      return access_range(p, access, row, box, true);
-    });
-    for (int k = static_cast<int>(threadIdx.x); k < mask.n_code; k += 32)
-      if (mask.code[k].scope <= flex::Scope::queries) outer[k] = mine[k];
+  // What tiles of keys share is read once, a warp for each read.
+  if (exists) {
+    for (int c = 0; c < mask.n_clauses; ++c)
+      for (int a = 0; a < mask.n_atoms[c]; ++a)
+        for (int k = 0; k < mask.atoms[c][a].n_reads; ++k) {
+          const flex::LinearRead& read = mask.atoms[c][a].reads[k];
+          const Stretch x = stretch(p, read, row, box);
+          if (!x.of_queries || read.number % kListWarps != warp) continue;
+          MinMax range = scan(x, lane, 32);
+          range.lo = __reduce_min_sync(~0u, range.lo);
+          range.hi = __reduce_max_sync(~0u, range.hi);
+          if (lane == 0) of_queries[read.number] = range;
+        }
   }
   __syncthreads();
   const int at = r * sizes.n_kv_tiles;
   int count = 0;
   for (int j0 = 0; j0 < sizes.n_kv_tiles; j0 += kListThreads) {
     const int j = j0 + static_cast<int>(threadIdx.x);
-    flex::Truth truth = flex::Truth::never;
+    auto truth = flex::Truth::never;
     if (exists && j < sizes.n_kv_tiles && j * sizes.block_kv < n_kv) {
       box.kv_first = j * sizes.block_kv;
       box.kv_last = min(n_kv, (j + 1) * sizes.block_kv) - 1;
-      truth = flex::flat_truth(mask, row, box, outer, [&](const flex::FlatAccess& access) {
-        return access_range(p, access, row, box, false);
+      truth = flex::mask_truth(mask, row, box, [&](const flex::LinearRead& read) {
+        const Stretch x = stretch(p, read, row, box);
+        const MinMax range = x.of_queries ? of_queries[read.number] : scan(x, 0, 1);
+        return flex::IntegerRange{range.lo, range.hi};
       });
     }
     const bool visited = truth != flex::Truth::never;
@@ -190,7 +175,7 @@ __global__ void __launch_bounds__(kListThreads)
 
 }  // namespace
 
-void build_tile_lists(Context& context, const flex::FlatMask& mask, const AttentionParams& params,
+void build_tile_lists(Context& context, const flex::LinearMask& mask, const AttentionParams& params,
                       const TileGrid& grid, const TileListBuffers& to) {
   const ListSizes sizes{static_cast<int>(grid.n_batch),    static_cast<int>(grid.n_head),
                         static_cast<int>(grid.n_q_tiles),  static_cast<int>(grid.n_kv_tiles),

@@ -15,24 +15,12 @@
 #pragma once
 #include "attention_common.cuh"
 
-// Which main kernel: attention_backward_wgmma.cuh where it can be (wgmma_backward), else the one below.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && ATTENTION_DTYPE != 0 && \
-    (ATTENTION_HEAD_DIM == 64 || ATTENTION_HEAD_DIM == 128)
-#define ATTENTION_WGMMA 1
-#else
-#define ATTENTION_WGMMA 0
-#endif
-
 namespace flexchat::cuda {
 
 namespace backward {
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, true);
-#else
-constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, false);
-#endif
-static_assert(kTile.wgmma == ATTENTION_WGMMA);
+constexpr BackwardTile kTile = backward_tile(kDType, kHeadDim, kSm90a);
+static_assert(kTile.wgmma == ATTENTION_WGMMA);  // else the main kernel below
 constexpr int kBlockQ = kTile.block_q, kBlockKv = kTile.block_kv(), kThreads = kTile.threads();
 // Two warps may share their keys: each takes half of the queries for the scores, and half of the columns of
 // dK and dV, and they exchange P and dS through shared memory, so that all in all less is read from there.

@@ -57,41 +57,6 @@ ATTENTION_DEVICE unsigned dq_full(const Shared& shared, int stage) {
 }
 ATTENTION_DEVICE unsigned dq_empty(const Shared& shared) { return shared.barriers + 64; }
 
-// A warp starts copies of `rows` rows of one head to rows row0, ... of panels of tile_rows rows, where row0
-// is a multiple of 8; rows past `valid`, counted from row0, become zeros, unread. Each lane copies one chunk
-// of every kRowsAtOnce-th row; `from` is its first one, as lane_start gives it for row 0 of batch row and
-// head 0.
-constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks;
-ATTENTION_DEVICE const char* lane_start(const AttentionView& view, int lane) {
-  return static_cast<const char*>(view.data) + lane / kChunks * view.token * kElementBytes +
-         lane % kChunks * 16;
-}
-template <int rows, int tile_rows, bool whole>
-ATTENTION_DEVICE void copy_panels(unsigned to, const char* from, long long stride, int valid) {
-#pragma unroll 2
-  for (int group = 0; group < rows; group += 8) {
-#pragma unroll
-    for (int r = 0; r < 8; r += kRowsAtOnce) {  // the lane's row and r have no bit in common
-      if (whole)
-        copy_async((to ^ r * 16) + (group + r) * 128, from);
-      else
-        copy_async((to ^ r * 16) + (group + r) * 128, from, group + r < valid);
-      from += stride;
-    }
-  }
-}
-template <int rows, int tile_rows>
-ATTENTION_DEVICE void load_panels(unsigned tile, int row0, const char* from, long long token, int valid,
-                                  int lane) {
-  const unsigned to =
-      tile + row0 * 128 + Panels<tile_rows, kHeadDim>::chunk_offset(lane / kChunks, lane % kChunks);
-  const long long stride = kRowsAtOnce * token * kElementBytes;
-  if (valid >= rows)
-    copy_panels<rows, tile_rows, true>(to, from, stride, 0);
-  else
-    copy_panels<rows, tile_rows, false>(to, from, stride, valid - lane / kChunks);
-}
-
 // Two warps: one loads Q and statistics, the other dO.
 ATTENTION_DEVICE void load_steps(const AttentionParams& p, const Shared& shared, int b, int kv_head, int j,
                                  int warp, int lane) {
@@ -205,14 +170,6 @@ ATTENTION_DEVICE void product_dq(float (&c)[kDqN][4], unsigned ds, unsigned k_ti
     else
       wgmma<true, true>(c, x, y);
   }
-}
-
-// An accumulator as the left operand of a product.
-ATTENTION_DEVICE void round_to_operand(Quad (&to)[kN / 2], const float (&x)[kN][4]) {
-#pragma unroll
-  for (int k = 0; k < kN / 2; ++k)
-    to[k] = {{pack(x[2 * k][0], x[2 * k][1]), pack(x[2 * k][2], x[2 * k][3]),
-              pack(x[2 * k + 1][0], x[2 * k + 1][1]), pack(x[2 * k + 1][2], x[2 * k + 1][3])}};
 }
 
 // The two halves of elementwise() without score mod: s becomes the weights; dp becomes dS.

@@ -4,7 +4,21 @@
 #include "mma.cuh"
 #include "mod_math.cuh"
 
+// Are the kernels of Hopper's warpgroups compiled (wgmma_tiles)?
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && ATTENTION_DTYPE != 0 && \
+    (ATTENTION_HEAD_DIM == 64 || ATTENTION_HEAD_DIM == 128)
+#define ATTENTION_WGMMA 1
+#else
+#define ATTENTION_WGMMA 0
+#endif
+
 namespace flexchat::cuda {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kSm90a = true;
+#else
+constexpr bool kSm90a = false;
+#endif
 
 // One batch row and query head.
 struct Row {

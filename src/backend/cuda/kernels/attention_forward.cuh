@@ -3,7 +3,8 @@
 // One block computes a tile of queries of one head, walking over the tiles of keys that some of them see, in
 // ascending order, with the online softmax of FlashAttention-2 (Dao 2023) in base 2. 4*D FLOPs an element;
 // reads q once and k, v once a query tile. While a tile is computed the next is copied. Tiles of queries are
-// handed out last first: under a causal mask the longest start first.
+// handed out last first: under a causal mask the longest start first. On Hopper the kernel is that of
+// attention_forward_wgmma.cuh, with the same steps.
 #pragma once
 #include "attention_common.cuh"
 
@@ -11,7 +12,8 @@ namespace flexchat::cuda {
 
 namespace forward {
 
-constexpr ForwardTile kTile = forward_tile(kDType, kHeadDim);
+constexpr ForwardTile kTile = forward_tile(kDType, kHeadDim, kSm90a);
+static_assert(kTile.wgmma == ATTENTION_WGMMA);  // else the kernel below
 constexpr int kBlockQ = kTile.block_q(), kBlockKv = kTile.block_kv, kThreads = kTile.threads();
 constexpr int kM = kTile.m_tiles, kN = kBlockKv / 8, kD = kHeadDim / 8;
 constexpr int kTileBytes = kBlockKv * Tile<kHeadDim>::row_bytes;
@@ -161,17 +163,18 @@ ATTENTION_DEVICE void drop(const AttentionParams& p, const Row& row, float (&s)[
     }
 }
 
-// s becomes the weights exp2(s * unit - max), which are added to sum and, times the values, to out: the
-// weights of some columns while the products of the ones before are under way.
-ATTENTION_DEVICE void add_values(const AttentionParams& p, const Row& row, State& state,
-                                 float (&s)[kM][kN][4], float unit, unsigned v_tile, int q_warp, int kv,
-                                 int lane) {
+// s becomes the weights exp2(s * unit - max), which are added to state.sum. `each` calls what it is given with
+// n = 0, 2, ..: columns 8*n .. 8*n + 15 are to become weights.
+template <class Each>
+ATTENTION_DEVICE void make_weights(const AttentionParams& p, const Row& row, State& state,
+                                   float (&s)[kM][kN][4], float unit, int q_warp, int kv, int lane,
+                                   const Each& each) {
   float base[kM][2], sum[kM][2] = {};
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) base[m][i] = state.max[m][i] == negative_infinity() ? 0.0f : state.max[m][i];
-  product_rn<kHeadDim>(state.out, s, v_tile, 0, 0, lane, [&](int first) {
+  each([&](int first) {
 #pragma unroll
     for (int n = first; n < first + 2; ++n) {
 #pragma unroll
@@ -188,6 +191,40 @@ ATTENTION_DEVICE void add_values(const AttentionParams& p, const Row& row, State
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int i = 0; i < 2; ++i) state.sum[m][i] += sum[m][i];
+}
+
+// What turns scores into base 2 after their maximum is taken, so it must not be negative.
+ATTENTION_DEVICE float score_unit(const AttentionParams& p) {
+  return MOD_HAS_SCORE ? (kExact ? kLog2e : 1.0f) : p.scale <= 0 ? 1.0f : p.scale * kLog2e;
+}
+
+// Products q.k become scores, -inf where hidden.
+ATTENTION_DEVICE void finish_scores(const AttentionParams& p, const Row& row, const ModContext& context,
+                                    const ModHead& head, const State& state, const Columns& columns,
+                                    float (&s)[kM][kN][4], bool partial, bool border, int q_warp, int kv,
+                                    int lane) {
+  if (!MOD_HAS_SCORE && p.scale <= 0) scale_scores(s, p.scale * kLog2e);
+  if (MOD_HAS_SCORE) apply_mod(p, row, context, head, state, columns, s, q_warp, kv, lane);
+  if (MOD_HAS_MASK && partial) apply_mask(row, context, head, state, columns, s, q_warp, kv, lane);
+  if (border) apply_range(p, row, s, q_warp, kv, lane);
+}
+
+// No query has seen anything.
+ATTENTION_DEVICE void start(State& state) {
+  state = State{};
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) state.max[m][i] = negative_infinity();
+}
+ATTENTION_DEVICE void start_mods(State& state, const Row& row, const ModContext& context, const ModHead& head,
+                                 int q_warp, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      state.mod[m][i] =
+          mod_q(context, head, row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1));
 }
 
 // Divides by the sums and writes out and lse; rows that do not exist in a shorter batch row are zeros. Of the
@@ -230,6 +267,13 @@ ATTENTION_DEVICE void finish(const AttentionParams& p, const Row& row, State& st
 
 }  // namespace forward
 
+}  // namespace flexchat::cuda
+
+#if ATTENTION_WGMMA
+#include "attention_forward_wgmma.cuh"
+#else
+namespace flexchat::cuda {
+
 extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.ctas)
     attention_forward(const __grid_constant__ AttentionParams p) {
   using namespace forward;
@@ -257,11 +301,8 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
 
   const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
   ModHead head{};
-  State state{};
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) state.max[m][i] = negative_infinity();
+  State state;
+  start(state);
   if (tile_walk.count > 0) {
     const int kv = (entry >> 1) * kBlockKv;
     load_keys<kBlockKv, kThreads, Loop::rolled>(k_tile, p, p.k, row, kv_head, kv, thread);
@@ -271,16 +312,10 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
     head = mod_head(context);
     if (kHasColumns && thread < kBlockKv)
       columns[0].at[thread] = mod_kv(context, head, min(kv + thread, row.n_kv - 1));
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        state.mod[m][i] =
-            mod_q(context, head, row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1));
+    start_mods(state, row, context, head, q_warp, lane);
   }
 
-  // What turns scores into base 2 after their maximum is taken, so it must not be negative.
-  const float unit = MOD_HAS_SCORE ? (kExact ? kLog2e : 1.0f) : p.scale <= 0 ? 1.0f : p.scale * kLog2e;
+  const float unit = score_unit(p);
 #pragma unroll 1
   for (int t = 0; t < tile_walk.count; ++t) {
     const int kv = (entry >> 1) * kBlockKv, stage = t & 1;
@@ -302,13 +337,13 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
     float s[kM][kN][4] = {};
     product_nt<kHeadDim>(s, q_tile, warp * 16 * kM, k_tile + stage * kTileBytes, 0, lane);
     if (kHasColumns && more && thread < kBlockKv) columns[stage ^ 1].at[thread] = column;
-    if (!MOD_HAS_SCORE && p.scale <= 0) scale_scores(s, p.scale * kLog2e);
-    if (MOD_HAS_SCORE) apply_mod(p, row, context, head, state, columns[stage], s, q_warp, kv, lane);
-    if (MOD_HAS_MASK && (entry & 1))
-      apply_mask(row, context, head, state, columns[stage], s, q_warp, kv, lane);
-    if (crosses_border(p, row, q_first, q_last, kv, kBlockKv)) apply_range(p, row, s, q_warp, kv, lane);
+    finish_scores(p, row, context, head, state, columns[stage], s, entry & 1,
+                  crosses_border(p, row, q_first, q_last, kv, kBlockKv), q_warp, kv, lane);
     raise_maxima(state, s, unit);
-    add_values(p, row, state, s, unit, v_tile + stage * kTileBytes, q_warp, kv, lane);
+    // The weights of some columns while the products of the ones before are under way.
+    make_weights(p, row, state, s, unit, q_warp, kv, lane, [&](const auto& columns_from) {
+      product_rn<kHeadDim>(state.out, s, v_tile + stage * kTileBytes, 0, 0, lane, columns_from);
+    });
     entry = entry_next;
     entry_next = entry_after;
   }
@@ -321,3 +356,4 @@ extern "C" __global__ void __launch_bounds__(forward::kThreads, forward::kTile.c
 }
 
 }  // namespace flexchat::cuda
+#endif

@@ -16,24 +16,32 @@ constexpr int tile_row_bytes(int elements, int element_bytes) {
   return (chunks % 8 == 0 ? chunks : (chunks | 1)) * 16;
 }
 
+// Where Hopper's products of warpgroups serve.
+constexpr bool wgmma_tiles(int dtype, int d) { return dtype != kAttentionF32 && (d == 64 || d == 128); }
+
 struct ForwardTile {
   int warps, m_tiles;  // each warp holds m_tiles x 16 queries
   int block_kv, stages, ctas;
+  bool wgmma = false;  // four more warps load (attention_forward_wgmma.cuh)
   constexpr int block_q() const { return warps * m_tiles * 16; }
   constexpr int threads() const { return warps * 32; }
+  constexpr int block_threads() const { return threads() + (wgmma ? 128 : 0); }
 };
 
-constexpr ForwardTile forward_tile(int dtype, int d) {
+// sm90a: compiled for Hopper, with its own instructions.
+constexpr ForwardTile forward_tile(int dtype, int d, bool sm90a) {
+  if (sm90a && wgmma_tiles(dtype, d)) return {8, 1, 128, 2, 1, true};
   if (dtype == kAttentionF32) return d <= 128 ? ForwardTile{4, 1, 32, 2, 2} : ForwardTile{4, 1, 16, 2, 1};
   if (d <= 64) return {4, 2, 64, 2, 3};
   if (d <= 128) return {4, 2, 64, 2, 2};
   return {4, 1, 64, 2, 1};
 }
 
-constexpr int forward_shared_bytes(int dtype, int d) {
-  const ForwardTile t = forward_tile(dtype, d);
+// Q and the stages of K and V, and eight barriers of the wgmma kernel. `major`: of the GPU.
+constexpr int forward_shared_bytes(int dtype, int d, int major) {
+  const ForwardTile t = forward_tile(dtype, d, major == 9);
   const int row = tile_row_bytes(d, dtype == kAttentionF32 ? 4 : 2);
-  return (t.block_q() + 2 * t.stages * t.block_kv) * row;
+  return (t.block_q() + 2 * t.stages * t.block_kv) * row + (t.wgmma ? 8 * 8 : 0);
 }
 
 // The backward: a block holds block_kv keys; each warp m_tiles x 16 of them and, of its keys' gradients, the
@@ -56,11 +64,8 @@ struct BackwardTile {
   constexpr int dq_floats(int dtype, int d) const { return threads() * dq_m() * dq_n(dtype, d) * 4; }
 };
 
-constexpr bool wgmma_backward(int dtype, int d) { return dtype != kAttentionF32 && (d == 64 || d == 128); }
-
-// sm90a: compiled for Hopper, with its own instructions.
 constexpr BackwardTile backward_tile(int dtype, int d, bool sm90a) {
-  if (sm90a && wgmma_backward(dtype, d)) return {8, 1, 1, 64, 64, 1, true};
+  if (sm90a && wgmma_tiles(dtype, d)) return {8, 1, 1, 64, 64, 1, true};
   if (dtype == kAttentionF32) {
     if (d <= 64) return {8, 1, 1, 32, 32, 1};
     if (d <= 128) return {8, 1, 2, 32, 16, 1};

@@ -21,6 +21,41 @@ struct Panels {
   }
 };
 
+// A warp starts copies of `rows` rows of one head to rows row0, ... of panels of tile_rows rows, where row0
+// is a multiple of 8; rows past `valid`, counted from row0, become zeros, unread. Each lane copies one chunk
+// of every kRowsAtOnce-th row; `from` is its first one, as lane_start gives it for row 0 of batch row and
+// head 0.
+constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = 32 / kChunks;
+ATTENTION_DEVICE const char* lane_start(const AttentionView& view, int lane) {
+  return static_cast<const char*>(view.data) + lane / kChunks * view.token * kElementBytes +
+         lane % kChunks * 16;
+}
+template <int rows, int tile_rows, bool whole>
+ATTENTION_DEVICE void copy_panels(unsigned to, const char* from, long long stride, int valid) {
+#pragma unroll 2
+  for (int group = 0; group < rows; group += 8) {
+#pragma unroll
+    for (int r = 0; r < 8; r += kRowsAtOnce) {  // the lane's row and r have no bit in common
+      if (whole)
+        copy_async((to ^ r * 16) + (group + r) * 128, from);
+      else
+        copy_async((to ^ r * 16) + (group + r) * 128, from, group + r < valid);
+      from += stride;
+    }
+  }
+}
+template <int rows, int tile_rows>
+ATTENTION_DEVICE void load_panels(unsigned tile, int row0, const char* from, long long token, int valid,
+                                  int lane) {
+  const unsigned to =
+      tile + row0 * 128 + Panels<tile_rows, kHeadDim>::chunk_offset(lane / kChunks, lane % kChunks);
+  const long long stride = kRowsAtOnce * token * kElementBytes;
+  if (valid >= rows)
+    copy_panels<rows, tile_rows, true>(to, from, stride, 0);
+  else
+    copy_panels<rows, tile_rows, false>(to, from, stride, valid - lane / kChunks);
+}
+
 // Describes an operand to the tensor core: groups of eight rows follow each other; panels do in
 // `panel_bytes`, which matters where a transposed operand is wider than 64.
 ATTENTION_DEVICE unsigned long long descriptor(unsigned address, int panel_bytes) {
@@ -68,6 +103,66 @@ ATTENTION_DEVICE void wgmma(float (&c)[4][4], unsigned long long a, unsigned lon
                  : WGMMA_C4("=f", 0)
                  : "l"(a), "l"(b), "n"(transposed));
 }
+// Several steps along k in one statement, since the compiler takes its time over statements with so many
+// operands. x and y are descriptors.
+#define WGMMA_STEPS(steps) "{ .reg .b64 x, y;\n" steps "}"
+#define WGMMA_ROWS(columns, c, a, b, by_a, by_b, add)           \
+  "add.s64 x, " a ", " by_a "; add.s64 y, " b ", " by_b ";\n" \
+  WGMMA(columns) "{" c "}, x, y, " add ", 1, 1, 0, 0;\n"
+#define WGMMA_ROWS_4(columns, c, a, b, by_a, by_b, add)                 \
+  WGMMA_ROWS(columns, c, a, b, by_a "+0", by_b "+0", add)              \
+  WGMMA_ROWS(columns, c, a, b, by_a "+2", by_b "+2", "1")              \
+  WGMMA_ROWS(columns, c, a, b, by_a "+4", by_b "+4", "1")              \
+  WGMMA_ROWS(columns, c, a, b, by_a "+6", by_b "+6", "1")
+// c (64 x 128) = A B^T over the head dim, rows of both in panels that lie `panel` bytes apart.
+template <int panel>
+ATTENTION_DEVICE void wgmma_rows(float (&c)[16][4], unsigned long long a, unsigned long long b) {
+  if constexpr (kHeadDim == 128)
+    asm volatile(WGMMA_STEPS(WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "0", "0", "0")
+                                 WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "%66", "%66", "1"))
+                 : WGMMA_C16("=f")
+                 : "l"(a), "l"(b), "n"(panel / 16));
+  else
+    asm volatile(WGMMA_STEPS(WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "0", "0", "0"))
+                 : WGMMA_C16("=f")
+                 : "l"(a), "l"(b));
+}
+#define WGMMA_ADD(columns, c, a0, a1, a2, a3, b, by) \
+  "add.s64 y, " b ", " by ";\n" WGMMA(columns) "{" c "}, {" a0 "," a1 "," a2 "," a3 "}, y, 1, 1, 1, 1;\n"
+#define WGMMA_A1(i) "r"(a[i].x[0]), "r"(a[i].x[1]), "r"(a[i].x[2]), "r"(a[i].x[3])
+#define WGMMA_A8                                                                                    \
+  WGMMA_A1(0), WGMMA_A1(1), WGMMA_A1(2), WGMMA_A1(3), WGMMA_A1(4), WGMMA_A1(5), WGMMA_A1(6), WGMMA_A1(7)
+// c += A B, A (64 x 128) in registers, the rows of B (k) in shared memory.
+ATTENTION_DEVICE void wgmma_add(float (&c)[16][4], const Quad (&a)[8], unsigned long long b) {
+  asm volatile(WGMMA_STEPS(WGMMA_ADD(128, WGMMA_64, "%64", "%65", "%66", "%67", "%96", "0")
+                               WGMMA_ADD(128, WGMMA_64, "%68", "%69", "%70", "%71", "%96", "128")
+                                   WGMMA_ADD(128, WGMMA_64, "%72", "%73", "%74", "%75", "%96", "256")
+                                       WGMMA_ADD(128, WGMMA_64, "%76", "%77", "%78", "%79", "%96", "384")
+                                           WGMMA_ADD(128, WGMMA_64, "%80", "%81", "%82", "%83", "%96", "512")
+                                               WGMMA_ADD(128, WGMMA_64, "%84", "%85", "%86", "%87", "%96", "640")
+                                                   WGMMA_ADD(128, WGMMA_64, "%88", "%89", "%90", "%91", "%96", "768")
+                                                       WGMMA_ADD(128, WGMMA_64, "%92", "%93", "%94", "%95", "%96", "896"))
+               : WGMMA_C16("+f")
+               : WGMMA_A8, "l"(b));
+}
+ATTENTION_DEVICE void wgmma_add(float (&c)[8][4], const Quad (&a)[8], unsigned long long b) {
+  asm volatile(WGMMA_STEPS(WGMMA_ADD(64, WGMMA_32, "%32", "%33", "%34", "%35", "%64", "0")
+                               WGMMA_ADD(64, WGMMA_32, "%36", "%37", "%38", "%39", "%64", "128")
+                                   WGMMA_ADD(64, WGMMA_32, "%40", "%41", "%42", "%43", "%64", "256")
+                                       WGMMA_ADD(64, WGMMA_32, "%44", "%45", "%46", "%47", "%64", "384")
+                                           WGMMA_ADD(64, WGMMA_32, "%48", "%49", "%50", "%51", "%64", "512")
+                                               WGMMA_ADD(64, WGMMA_32, "%52", "%53", "%54", "%55", "%64", "640")
+                                                   WGMMA_ADD(64, WGMMA_32, "%56", "%57", "%58", "%59", "%64", "768")
+                                                       WGMMA_ADD(64, WGMMA_32, "%60", "%61", "%62", "%63", "%64", "896"))
+               : WGMMA_C8("+f")
+               : WGMMA_A8, "l"(b));
+}
+#undef WGMMA_STEPS
+#undef WGMMA_ROWS
+#undef WGMMA_ROWS_4
+#undef WGMMA_ADD
+#undef WGMMA_A1
+#undef WGMMA_A8
 // c += A B, A in registers, the rows of B (k) in shared memory.
 ATTENTION_DEVICE void wgmma(float (&c)[8][4], const Quad& a, unsigned long long b) {
   asm volatile(WGMMA(64) "{" WGMMA_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
@@ -87,6 +182,15 @@ ATTENTION_DEVICE void wgmma(float (&c)[16][4], const Quad& a, unsigned long long
 #undef WGMMA_C4
 #undef WGMMA_C8
 #undef WGMMA_C16
+
+// An accumulator as the left operand of a product.
+template <int n>
+ATTENTION_DEVICE void round_to_operand(Quad (&to)[n / 2], const float (&x)[n][4]) {
+#pragma unroll
+  for (int k = 0; k < n / 2; ++k)
+    to[k] = {{pack(x[2 * k][0], x[2 * k][1]), pack(x[2 * k][2], x[2 * k][3]),
+              pack(x[2 * k + 1][0], x[2 * k + 1][1]), pack(x[2 * k + 1][2], x[2 * k + 1][3])}};
+}
 
 // Before the first product after other instructions wrote its registers.
 ATTENTION_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
