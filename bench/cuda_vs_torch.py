@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """flexchat beside PyTorch on one GPU, in one run: attention, loss, whole training steps.
 
-usage: bench/cuda_vs_torch.py --peers torch_peers.py --out FILE.json [--program build/cuda/flexchat] SECTION...
+usage: bench/cuda_vs_torch.py --peers torch_peers.py --out FILE.json [--program build/cuda/flexchat]
+       [--paths sdpa,cudnn] SECTION...
 sections: attn loss train. The peers script prints and saves what PyTorch reaches on the same shapes.
 Each row of the result: ours, PyTorch's best or named peer, and the ratio in favour of ours.
 """
@@ -51,7 +52,7 @@ class Result:
         print(f"{name:52s} {show(value):>10s} {unit:8s} {peer:16s} {show(peer_value):>10s}  {show(ratio):>6s}x", flush=True)
 
 
-def attention(result, program, script):
+def attention(result, program, script, paths):
     torch = peers(script, "attn")
     mods = ["sdpa", "flex", "synaptic"]
     mine = ours(program, "bench", "attention", "--device", "cuda", "--dtype", "bf16", "--mods", *mods, "--shapes",
@@ -73,7 +74,7 @@ def attention(result, program, script):
             result.add(f"attention {way} {name} synaptic", get("synaptic"), "TFLOP/s", "torch flex", torch.get(f"attn_{way}_{name}_flex_synaptic_TFLOPs"))
 
 
-def loss(result, program, script):
+def loss(result, program, script, paths):
     torch = peers(script, "loss")
     result.raw["loss"] = {"torch": torch}
     for n, c, v in LOSS:
@@ -90,12 +91,12 @@ def loss(result, program, script):
                        mib and mib * 2**20 / 1e6, False)
 
 
-def train(result, program, script):
+def train(result, program, script, paths):
     torch = peers(script, "train")
     result.raw["train"] = {"torch": torch}
     for depth, batch, tokens in TRAIN:
         other = torch.get(f"train_d{depth}_b{batch}_t{tokens}_v65536_compile", {})
-        for path in ["sdpa", "cudnn"]:
+        for path in paths:
             mine = ours(program, "bench", "train", "--device", "cuda", "--dtype", "bf16", "--depth", str(depth), "--sweep",
                         f"b={batch} t={tokens}", "--attention", path)
             result.raw["train"][f"d{depth} b{batch} t{tokens} {path}"] = mine
@@ -111,15 +112,18 @@ def main():
     parser.add_argument("--peers", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--program", default="build/cuda/flexchat")
+    parser.add_argument("--paths", default="sdpa,cudnn", help="attention of our training runs")
     parser.add_argument("sections", nargs="+", choices=["attn", "loss", "train"])
     args = parser.parse_args()
     result = Result()
     for section in args.sections:
-        {"attn": attention, "loss": loss, "train": train}[section](result, args.program, args.peers)
+        {"attn": attention, "loss": loss, "train": train}[section](result, args.program, args.peers, args.paths.split(","))
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         dirty = bool(subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.strip())
+        gpu = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True,
+                             text=True).stdout.strip()
         with open(args.out, "w") as f:  # after each section: what is measured is kept
-            json.dump({"command": "bench/cuda_vs_torch.py " + " ".join(args.sections), "commit": commit, "dirty": dirty,
+            json.dump({"command": f"bench/cuda_vs_torch.py --paths {args.paths} " + " ".join(args.sections), "commit": commit, "dirty": dirty, "gpu": gpu,
                        "rows": result.rows, "raw": result.raw}, f, indent=1)
 
 

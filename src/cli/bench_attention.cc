@@ -14,6 +14,7 @@
 #include "base/error.h"
 #include "base/options.h"
 #include "base/strings.h"
+#include "cli/bench_model.h"
 #include "cli/bench_output.h"
 #include "cli/command.h"
 #include "flex/mods.h"
@@ -278,7 +279,8 @@ struct AttentionBench {
   std::string kernel = "auto";
   int64_t repeats = 15, first_use = 0;
   std::optional<int64_t> first_use_seed;
-  bool no_backward = false;
+  bool no_backward = false, model = false;
+  AttentionModelBench whole;
 
   void declare(Options& o) {
     o.add("--shapes", &shapes,
@@ -294,6 +296,9 @@ struct AttentionBench {
     o.add("--first-use-seed", &first_use_seed,
           "which expressions; those of an earlier run are found in the cache on disk (default: new ones)")
         .at_least(0);
+    o.add("--model", &model, "instead, the mods sdpa and flex in a whole model: forward, and with backward")
+        .group("Whole model");
+    whole.declare(o);
     compute.declare(o);
     output.declare(o);
   }
@@ -344,6 +349,12 @@ int bench_attention(const Words& words) {
                   {"device", backend->name()},
                   {"options", options.to_json()}};
   if (c.first_use > 0) return c.run_first_use(*backend, std::move(summary));
+  if (c.model) {
+    const std::vector<std::string> paths =
+        options.given("--mods") ? c.mods : std::vector<std::string>{"sdpa", "flex"};
+    return c.whole.run(*backend, c.compute.compute_dtype(), paths, c.kernel, static_cast<int>(c.repeats),
+                       std::move(summary), c.output);
+  }
   Json rows = Json::array();
   Table table({"shape", "mod", "kernel", "plan ms", "mask ms", "forward ms", "TFLOP/s", "backward ms",
                "TFLOP/s", "extra MB"});

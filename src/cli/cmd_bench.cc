@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/options.h"
 #include "base/strings.h"
+#include "cli/bench_model.h"
 #include "cli/command.h"
 #include "engine/generate.h"
 #include "models/gpt.h"
@@ -113,21 +114,9 @@ int bench_model(const Words& words) {
   c.loss.apply(model);
   model.init_weights(static_cast<uint64_t>(c.seed));
   Rng rng(static_cast<uint64_t>(c.seed), /*stream=*/1 << 20);
-  for (Parameter& p : model.parameters()) {  // no zero matrices: real data in every product
-    const Tensor host(host_arena(), p.value.shape(), DType::f32);
-    for (int64_t i = 0; i < host.numel(); ++i) host.set(i, 0.02 * rng.normal());
-    backend->copy(host, p.value);
-  }
-  model.weights_changed();
-  const auto random_ids = [&](int64_t rows, int64_t columns) {
-    const Tensor t(host_arena(), {rows, columns}, DType::i32);
-    for (int64_t i = 0; i < t.numel(); ++i) {
-      t.as<int32_t>()[i] = static_cast<int32_t>(rng.below(static_cast<uint64_t>(c.config.vocab_size)));
-    }
-    return t;
-  };
-  const Tensor ids = random_ids(c.batch, c.config.sequence_len),
-               targets = random_ids(c.batch, c.config.sequence_len);
+  draw_weights(model, rng);
+  const Tensor ids = draw_ids(rng, c.batch, c.config.sequence_len, c.config.vocab_size),
+               targets = draw_ids(rng, c.batch, c.config.sequence_len, c.config.vocab_size);
   const StepResult plain = bench_step(model, ids, targets, c.steps, false);
   const StepResult saving = bench_step(model, ids, targets, c.steps, true);
   check(plain.loss == saving.loss, "activation checkpointing changed the loss: {} and {}", plain.loss,

@@ -82,7 +82,8 @@ class Linearizer {
     Expr left, right;
   };
   std::optional<Clauses> halves(Op op, const Sides& x, const Sides& y, bool negated, bool conjunction) const {
-    const auto one = difference(op, x.left, x.right, negated), other = difference(op, y.left, y.right, negated);
+    const auto one = difference(op, x.left, x.right, negated),
+               other = difference(op, y.left, y.right, negated);
     if (!one || !other) return std::nullopt;
     if (conjunction != negated) return Clauses{Atoms{*one}, Atoms{*other}};
     return Clauses{Atoms{*one, *other}};

@@ -1,13 +1,13 @@
-// A mask as clauses of linear comparisons, which classify any block of positions on their own: so a device can
-// build block lists with one thread a block. What quadtrees save by looking at regions (flex/block_mask.h), it
-// makes up for by looking at all blocks at once.
+// A mask as clauses of linear comparisons, which classify any block of positions on their own: so a device
+// can build block lists with one thread a block. What quadtrees save by looking at regions
+// (flex/block_mask.h), it makes up for by looking at all blocks at once.
 //
 //   mask   = clause && clause && ...        clause = atom || atom || ...
 //   atom   = form < 0, <= 0, == 0 or != 0
 //   form   = constant + sum of factor * {q, kv, b, h, n_q, n_kv} + sum of factor * captured integer
 //
-// causal, window, sink, document, prefix-LM, padding and any && || ! of them have this form, and so has abs of a
-// form compared with another. Other masks (products of positions, // and %, numbers) stay with
+// causal, window, sink, document, prefix-LM, padding and any && || ! of them have this form, and so has abs
+// of a form compared with another. Other masks (products of positions, // and %, numbers) stay with
 // build_block_mask. Verdicts are those of interval analysis: operands of && and || are bounded one at a time.
 #pragma once
 

@@ -296,8 +296,7 @@ Expr random_mask(Rng& form, Rng& rng, const AttentionShape& s, flex::Bindings& b
   }
 }
 
-std::optional<Expr> random_score_mod(Rng& form, Rng& rng, const AttentionShape& s,
-                                     flex::Bindings& bindings) {
+std::optional<Expr> random_score_mod(Rng& form, Rng& rng, const AttentionShape& s, flex::Bindings& bindings) {
   const auto v = flex::variables();
   const Capture slope("slope", {Axis::h}, flex::Type::number, /*differentiable=*/true);
   const Capture key_bias("key_bias", {Axis::b, Axis::h, Axis::kv}, flex::Type::number,

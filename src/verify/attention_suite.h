@@ -20,8 +20,8 @@ std::vector<AttentionCase> attention_suite();
 bool does_case(const AttentionSupport& kernel, const AttentionCase& c);
 
 // A random case: sizes, ratios, lengths, offsets, mask, score mod, dropout, pages. The same seed gives the
-// same case. forms > 0: what GPU kernels are compiled for (expressions, head dim, dropout, pages) is one of so
-// many forms, so that many cases need few kernels.
+// same case. forms > 0: what GPU kernels are compiled for (expressions, head dim, dropout, pages) is one of
+// so many forms, so that many cases need few kernels.
 AttentionCase random_attention_case(uint64_t seed, uint64_t forms = 0);
 
 // The mask and score mod a user gave, on several shapes.

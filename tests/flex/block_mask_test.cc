@@ -119,10 +119,11 @@ Tally compare(const Expr& expr, const Bindings& bindings, const Extent& e, int64
           const char linear_said = linear.listed(mask, b, h, i, j);
           ++tally.linear_blocks;
           tally.linear_cautious += real != 'x' && linear_said != real;
-          const bool linear_sound = real == 'x' ? linear_said == '.' : linear_said == real || linear_said == 'P';
+          const bool linear_sound =
+              real == 'x' ? linear_said == '.' : linear_said == real || linear_said == 'P';
           EXPECT_TRUE(linear_sound) << to_text(expr) << "\nblock " << i << ", " << j << " of row " << b
-                                  << ", head " << h << " is " << linear_said << " in linear form but holds "
-                                  << real;
+                                    << ", head " << h << " is " << linear_said << " in linear form but holds "
+                                    << real;
           if (!linear_sound) return tally;
         }
       }

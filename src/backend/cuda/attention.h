@@ -1,10 +1,11 @@
 // The plan of an attention on the GPU: what kernels/attention_params.cuh asks for, kept on the device for as
 // long as the batch lives. One kernel, `cuda_mma`, serves every case: forward and backward tiles with
-// mma.sync (wgmma for the backward on Hopper, FFMA in f32), and a split-key pass for few queries a row.
+// mma.sync (on Hopper wgmma at head dims 64 and 128, FFMA in f32), and a split-key pass for few queries a
+// row.
 //
 // Lists of tiles depend on tile sizes, which depend on dtype and GPU (kernels/tiles.cuh); each is built at
-// its first use: on the device (block_lists.cu) if the mask is made of linear comparisons (flex/linear_mask.h), otherwise
-// on the host, which must not be inside a captured step.
+// its first use: on the device (block_lists.cu) if the mask is made of linear comparisons
+// (flex/linear_mask.h), otherwise on the host, which must not be inside a captured step.
 #pragma once
 
 #include <array>
@@ -38,8 +39,8 @@ struct TileGrid {
   int64_t n_batch, n_head, n_q_tiles, n_kv_tiles, block_q, block_kv;
   int64_t tiles() const { return n_batch * n_head * n_q_tiles * n_kv_tiles; }
 };
-// Where build_tile_lists writes: AttentionBlocks of query tiles, with n_kv_tiles places for each list; or with
-// `dense`, scratch of (tiles) i32, those of key tiles, with n_q_tiles places each.
+// Where build_tile_lists writes: AttentionBlocks of query tiles, with n_kv_tiles places for each list; or
+// with `dense`, scratch of (tiles) i32, those of key tiles, with n_q_tiles places each.
 struct TileListBuffers {
   int *begin, *entry, *rank, *dense;
 };

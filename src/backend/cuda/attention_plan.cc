@@ -144,7 +144,11 @@ CudaAttentionPlan::CudaAttentionPlan(CudaBackend& backend, const AttentionShape&
   q_lens_ = upload_i32(backend, shape.q_lens);
   kv_lens_ = upload_i32(backend, shape.kv_lens);
   q_offsets_ = upload_i32(backend, shape.q_offsets);
-  reason_ = decodes() ? "few queries a row: keys split over blocks" : "tiles of mma.sync, FFMA in f32";
+  const bool hopper =
+      backend.context().device().major == 9 && wgmma_tiles(kAttentionBf16, static_cast<int>(shape.head_dim));
+  reason_ = decodes() ? "few queries a row: keys split over blocks"
+            : hopper  ? "tiles of wgmma, FFMA in f32"
+                      : "tiles of mma.sync, FFMA in f32";
 }
 
 bool CudaAttentionPlan::decodes() const { return shape().q_len <= kDecodeQueries; }
@@ -263,7 +267,7 @@ AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, boo
                            block_q,
                            block_kv};
     device = mod_->mask && grid.tiles() <= kMostDeviceTiles ? lists_by_device(grid, transposed)
-                                                          : lists_by_host(grid, transposed);
+                                                            : lists_by_host(grid, transposed);
   }
   const int* numbers = device.numbers.as<int>();
   return {numbers, numbers + device.entry, device.rank < 0 ? nullptr : numbers + device.rank,

@@ -1,8 +1,8 @@
-// Lists of tiles that a mask visits (AttentionBlocks), built on the device: a thread classifies a tile of keys
-// for its block's tile of queries (flex/linear_mask.h), and the block packs what is visited into a list.
+// Lists of tiles that a mask visits (AttentionBlocks), built on the device: a thread classifies a tile of
+// keys for its block's tile of queries (flex/linear_mask.h), and the block packs what is visited into a list.
 //
-// Work is some 20 integer operations an atom and tile; captured tensors are read for tiles that clauses without
-// them leave open. Writes 4 bytes a tile.
+// Work is some 20 integer operations an atom and tile; captured tensors are read for tiles that clauses
+// without them leave open. Writes 4 bytes a tile.
 #include "backend/cuda/attention.h"
 #include "backend/cuda/runtime.h"
 
@@ -69,8 +69,8 @@ __device__ MinMax scan(const Stretch& x, int begin, int step) {
   return range;
 }
 
-// Positions in order: how many threads before this one have `mine`, and how many have it in all. For the whole
-// block, twice in a row only with a barrier between (there is one inside).
+// Positions in order: how many threads before this one have `mine`, and how many have it in all. For the
+// whole block, twice in a row only with a barrier between (there is one inside).
 struct Place {
   int before, all;
 };
@@ -98,8 +98,9 @@ __device__ void write_head(int* begin, long long r, int at, int count, const int
 // One block a tile of queries. dense: instead of lists, for each tile of keys -1 or 2*(place in the list) +
 // partial.
 __global__ void __launch_bounds__(kListThreads)
-    query_lists_kernel(const __grid_constant__ flex::LinearMask mask, const __grid_constant__ AttentionParams p,
-                       const __grid_constant__ ListSizes sizes, int* begin, int* entry, int* dense) {
+    query_lists_kernel(const __grid_constant__ flex::LinearMask mask,
+                       const __grid_constant__ AttentionParams p, const __grid_constant__ ListSizes sizes,
+                       int* begin, int* entry, int* dense) {
   __shared__ int counts[kListWarps], first[2];
   __shared__ MinMax of_queries[flex::max_mask_reads];
   const int r = static_cast<int>(blockIdx.x), bh = r / sizes.n_q_tiles, i = r % sizes.n_q_tiles;
@@ -177,9 +178,9 @@ __global__ void __launch_bounds__(kListThreads)
 
 void build_tile_lists(Context& context, const flex::LinearMask& mask, const AttentionParams& params,
                       const TileGrid& grid, const TileListBuffers& to) {
-  const ListSizes sizes{static_cast<int>(grid.n_batch),    static_cast<int>(grid.n_head),
-                        static_cast<int>(grid.n_q_tiles),  static_cast<int>(grid.n_kv_tiles),
-                        static_cast<int>(grid.block_q),    static_cast<int>(grid.block_kv)};
+  const ListSizes sizes{static_cast<int>(grid.n_batch),   static_cast<int>(grid.n_head),
+                        static_cast<int>(grid.n_q_tiles), static_cast<int>(grid.n_kv_tiles),
+                        static_cast<int>(grid.block_q),   static_cast<int>(grid.block_kv)};
   const auto heads = static_cast<unsigned>(grid.n_batch * grid.n_head);
   const double bytes = 4.0 * static_cast<double>(grid.tiles());
   launch(context, "attention_query_lists", {bytes, 0}, query_lists_kernel,

@@ -163,8 +163,8 @@ ATTENTION_DEVICE void drop(const AttentionParams& p, const Row& row, float (&s)[
     }
 }
 
-// s becomes the weights exp2(s * unit - max), which are added to state.sum. `each` calls what it is given with
-// n = 0, 2, ..: columns 8*n .. 8*n + 15 are to become weights.
+// s becomes the weights exp2(s * unit - max), which are added to state.sum. `each` calls what it is given
+// with n = 0, 2, ..: columns 8*n .. 8*n + 15 are to become weights.
 template <class Each>
 ATTENTION_DEVICE void make_weights(const AttentionParams& p, const Row& row, State& state,
                                    float (&s)[kM][kN][4], float unit, int q_warp, int kv, int lane,

@@ -1,5 +1,5 @@
-// The kernel of attention_forward.cuh on Hopper, for bf16 and f16 with a head dim of 64 or 128: the same steps
-// with products of warpgroups (wgmma.cuh), 4*D FLOPs an element.
+// The kernel of attention_forward.cuh on Hopper, for bf16 and f16 with a head dim of 64 or 128: the same
+// steps with products of warpgroups (wgmma.cuh), 4*D FLOPs an element.
 //
 // A block holds 128 queries, 64 for each of two warpgroups, which take 128 keys a step:
 //
@@ -7,8 +7,8 @@
 //   out += P V    P from registers
 //
 // A third warpgroup keeps two stages of K and V filled, and has what the mod knows of their columns. The two
-// others take turns at the tensor cores (as in FlashAttention-3, Shah et al. 2024): while one computes weights,
-// the other's products run, out of this step and S of the next in one go.
+// others take turns at the tensor cores (as in FlashAttention-3, Shah et al. 2024): while one computes
+// weights, the other's products run, out of this step and S of the next in one go.
 //
 // A step of a warpgroup is 4.2 MFLOP (D = 128), 1024 cycles of the tensor cores, and 8192 exponentials, 512
 // cycles of each quarter of a multiprocessor.
@@ -61,8 +61,8 @@ ATTENTION_DEVICE void load_rows_of_tile(unsigned tile, int first, const Attentio
                                         const AttentionView& view, const Row& row, int kv_head, int kv,
                                         int lane) {
 #if ATTENTION_PAGED
-  const char* data = static_cast<const char*>(view.data) + kv_head * view.head * kElementBytes +
-                     lane % kChunks * 16;
+  const char* data =
+      static_cast<const char*>(view.data) + kv_head * view.head * kElementBytes + lane % kChunks * 16;
   const int* table = p.block_table + static_cast<long long>(row.b) * p.table_stride;
 #pragma unroll 4
   for (int r = lane / kChunks; r < kRowsOfLoader; r += kRowsAtOnce) {
@@ -130,8 +130,7 @@ ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, co
   if (walk.count > 0) {
     load_panels<16, kBlockQ>(
         shared.q, 16 * warp,
-        lane_start(p.q, lane) +
-            (row.b * p.q.batch + row.h * p.q.head + q_warp * p.q.token) * kElementBytes,
+        lane_start(p.q, lane) + (row.b * p.q.batch + row.h * p.q.head + q_warp * p.q.token) * kElementBytes,
         p.q.token, row.n_q - q_warp, lane);
     copy_commit();
     if (kHasLists) list.load(walk.entry, walk.count, 0);

@@ -106,13 +106,13 @@ ATTENTION_DEVICE void wgmma(float (&c)[4][4], unsigned long long a, unsigned lon
 // Several steps along k in one statement, since the compiler takes its time over statements with so many
 // operands. x and y are descriptors.
 #define WGMMA_STEPS(steps) "{ .reg .b64 x, y;\n" steps "}"
-#define WGMMA_ROWS(columns, c, a, b, by_a, by_b, add)           \
-  "add.s64 x, " a ", " by_a "; add.s64 y, " b ", " by_b ";\n" \
-  WGMMA(columns) "{" c "}, x, y, " add ", 1, 1, 0, 0;\n"
-#define WGMMA_ROWS_4(columns, c, a, b, by_a, by_b, add)                 \
-  WGMMA_ROWS(columns, c, a, b, by_a "+0", by_b "+0", add)              \
-  WGMMA_ROWS(columns, c, a, b, by_a "+2", by_b "+2", "1")              \
-  WGMMA_ROWS(columns, c, a, b, by_a "+4", by_b "+4", "1")              \
+#define WGMMA_ROWS(columns, c, a, b, by_a, by_b, add)                                              \
+  "add.s64 x, " a ", " by_a "; add.s64 y, " b ", " by_b ";\n" WGMMA(columns) "{" c "}, x, y, " add \
+                                                                             ", 1, 1, 0, 0;\n"
+#define WGMMA_ROWS_4(columns, c, a, b, by_a, by_b, add)   \
+  WGMMA_ROWS(columns, c, a, b, by_a "+0", by_b "+0", add) \
+  WGMMA_ROWS(columns, c, a, b, by_a "+2", by_b "+2", "1") \
+  WGMMA_ROWS(columns, c, a, b, by_a "+4", by_b "+4", "1") \
   WGMMA_ROWS(columns, c, a, b, by_a "+6", by_b "+6", "1")
 // c (64 x 128) = A B^T over the head dim, rows of both in panels that lie `panel` bytes apart.
 template <int panel>
@@ -130,33 +130,39 @@ ATTENTION_DEVICE void wgmma_rows(float (&c)[16][4], unsigned long long a, unsign
 #define WGMMA_ADD(columns, c, a0, a1, a2, a3, b, by) \
   "add.s64 y, " b ", " by ";\n" WGMMA(columns) "{" c "}, {" a0 "," a1 "," a2 "," a3 "}, y, 1, 1, 1, 1;\n"
 #define WGMMA_A1(i) "r"(a[i].x[0]), "r"(a[i].x[1]), "r"(a[i].x[2]), "r"(a[i].x[3])
-#define WGMMA_A8                                                                                    \
+#define WGMMA_A8 \
   WGMMA_A1(0), WGMMA_A1(1), WGMMA_A1(2), WGMMA_A1(3), WGMMA_A1(4), WGMMA_A1(5), WGMMA_A1(6), WGMMA_A1(7)
+// clang-format off
 // c += A B, A (64 x 128) in registers, the rows of B (k) in shared memory.
 ATTENTION_DEVICE void wgmma_add(float (&c)[16][4], const Quad (&a)[8], unsigned long long b) {
-  asm volatile(WGMMA_STEPS(WGMMA_ADD(128, WGMMA_64, "%64", "%65", "%66", "%67", "%96", "0")
-                               WGMMA_ADD(128, WGMMA_64, "%68", "%69", "%70", "%71", "%96", "128")
-                                   WGMMA_ADD(128, WGMMA_64, "%72", "%73", "%74", "%75", "%96", "256")
-                                       WGMMA_ADD(128, WGMMA_64, "%76", "%77", "%78", "%79", "%96", "384")
-                                           WGMMA_ADD(128, WGMMA_64, "%80", "%81", "%82", "%83", "%96", "512")
-                                               WGMMA_ADD(128, WGMMA_64, "%84", "%85", "%86", "%87", "%96", "640")
-                                                   WGMMA_ADD(128, WGMMA_64, "%88", "%89", "%90", "%91", "%96", "768")
-                                                       WGMMA_ADD(128, WGMMA_64, "%92", "%93", "%94", "%95", "%96", "896"))
-               : WGMMA_C16("+f")
-               : WGMMA_A8, "l"(b));
+  asm volatile(
+      WGMMA_STEPS(
+          WGMMA_ADD(128, WGMMA_64, "%64", "%65", "%66", "%67", "%96", "0")
+          WGMMA_ADD(128, WGMMA_64, "%68", "%69", "%70", "%71", "%96", "128")
+          WGMMA_ADD(128, WGMMA_64, "%72", "%73", "%74", "%75", "%96", "256")
+          WGMMA_ADD(128, WGMMA_64, "%76", "%77", "%78", "%79", "%96", "384")
+          WGMMA_ADD(128, WGMMA_64, "%80", "%81", "%82", "%83", "%96", "512")
+          WGMMA_ADD(128, WGMMA_64, "%84", "%85", "%86", "%87", "%96", "640")
+          WGMMA_ADD(128, WGMMA_64, "%88", "%89", "%90", "%91", "%96", "768")
+          WGMMA_ADD(128, WGMMA_64, "%92", "%93", "%94", "%95", "%96", "896"))
+      : WGMMA_C16("+f")
+      : WGMMA_A8, "l"(b));
 }
 ATTENTION_DEVICE void wgmma_add(float (&c)[8][4], const Quad (&a)[8], unsigned long long b) {
-  asm volatile(WGMMA_STEPS(WGMMA_ADD(64, WGMMA_32, "%32", "%33", "%34", "%35", "%64", "0")
-                               WGMMA_ADD(64, WGMMA_32, "%36", "%37", "%38", "%39", "%64", "128")
-                                   WGMMA_ADD(64, WGMMA_32, "%40", "%41", "%42", "%43", "%64", "256")
-                                       WGMMA_ADD(64, WGMMA_32, "%44", "%45", "%46", "%47", "%64", "384")
-                                           WGMMA_ADD(64, WGMMA_32, "%48", "%49", "%50", "%51", "%64", "512")
-                                               WGMMA_ADD(64, WGMMA_32, "%52", "%53", "%54", "%55", "%64", "640")
-                                                   WGMMA_ADD(64, WGMMA_32, "%56", "%57", "%58", "%59", "%64", "768")
-                                                       WGMMA_ADD(64, WGMMA_32, "%60", "%61", "%62", "%63", "%64", "896"))
-               : WGMMA_C8("+f")
-               : WGMMA_A8, "l"(b));
+  asm volatile(
+      WGMMA_STEPS(
+          WGMMA_ADD(64, WGMMA_32, "%32", "%33", "%34", "%35", "%64", "0")
+          WGMMA_ADD(64, WGMMA_32, "%36", "%37", "%38", "%39", "%64", "128")
+          WGMMA_ADD(64, WGMMA_32, "%40", "%41", "%42", "%43", "%64", "256")
+          WGMMA_ADD(64, WGMMA_32, "%44", "%45", "%46", "%47", "%64", "384")
+          WGMMA_ADD(64, WGMMA_32, "%48", "%49", "%50", "%51", "%64", "512")
+          WGMMA_ADD(64, WGMMA_32, "%52", "%53", "%54", "%55", "%64", "640")
+          WGMMA_ADD(64, WGMMA_32, "%56", "%57", "%58", "%59", "%64", "768")
+          WGMMA_ADD(64, WGMMA_32, "%60", "%61", "%62", "%63", "%64", "896"))
+      : WGMMA_C8("+f")
+      : WGMMA_A8, "l"(b));
 }
+// clang-format on
 #undef WGMMA_STEPS
 #undef WGMMA_ROWS
 #undef WGMMA_ROWS_4
