@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <charconv>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -168,6 +169,42 @@ std::string first_error(const std::string& log) {
   return first.empty() ? "the compiler gives no reason" : std::string(first);
 }
 
+// How many compilers are at work ahead of time: the program must not be taken apart around one.
+class Ahead {
+ public:
+  // NVRTC must have been loaded: what is registered after it comes before its own end.
+  static void begin() {
+    static const int registered = std::atexit([] {
+      std::unique_lock lock(mutex());
+      done().wait(lock, [] { return running() == 0; });
+    });
+    check(registered == 0, "the program's exit cannot be watched");
+    const std::lock_guard lock(mutex());
+    ++running();
+  }
+  struct End {
+    ~End() {
+      const std::lock_guard lock(mutex());
+      --running();
+      done().notify_all();
+    }
+  };
+
+ private:  // never destroyed
+  static std::mutex& mutex() {
+    static auto* const the = new std::mutex;
+    return *the;
+  }
+  static std::condition_variable& done() {
+    static auto* const the = new std::condition_variable;
+    return *the;
+  }
+  static int& running() {
+    static int n = 0;
+    return n;
+  }
+};
+
 }  // namespace
 
 std::string jit_key(const JitSource& source, std::string_view arch) {
@@ -233,23 +270,52 @@ fs::path JitCompiler::cache_folder() {
   return {};
 }
 
+JitCompiler::Entry& JitCompiler::entry(const JitSource& source) {
+  const std::string key = jit_key(source, arch_);
+  const std::lock_guard lock(mutex_);
+  std::unique_ptr<Entry>& place = entries_[key];
+  if (place == nullptr) place = std::make_unique<Entry>();
+  return *place;
+}
+
 const std::string& JitCompiler::cubin(const JitSource& source) {
-  Entry* entry = nullptr;
-  {
-    const std::string key = jit_key(source, arch_);
-    const std::lock_guard lock(mutex_);
-    std::unique_ptr<Entry>& place = entries_[key];
-    if (place == nullptr) place = std::make_unique<Entry>();
-    entry = place.get();
-  }
-  const std::lock_guard lock(entry->mutex);  // the same source is compiled once, others go on
-  if (entry->ready) {
+  Entry& e = entry(source);
+  const std::lock_guard lock(e.mutex);  // the same source is compiled once, others go on
+  if (e.ready) {
     ++counted.memory_hits;
-  } else {
-    entry->cubin = find_or_compile(source);
-    entry->ready = true;
+    return e.cubin;
   }
-  return entry->cubin;
+  if (e.ahead.valid()) {
+    e.cubin = e.ahead.get();
+  } else if (std::optional<std::string> found = find(source)) {
+    e.cubin = *std::move(found);
+  } else {
+    e.cubin = compile(source);
+    ++counted.compiles;
+  }
+  e.ready = true;
+  return e.cubin;
+}
+
+bool JitCompiler::compile_ahead(const JitSource& source) {
+  Entry& e = entry(source);
+  const std::lock_guard lock(e.mutex);
+  if (e.ready || e.ahead.valid()) return e.ready;
+  try {
+    if (std::optional<std::string> found = find(source)) {
+      e.cubin = *std::move(found);
+      return e.ready = true;
+    }
+  } catch (const Error&) {
+    return false;
+  }
+  ++counted.compiles;
+  Ahead::begin();
+  e.ahead = std::async(std::launch::async, [this, source] {
+    const Ahead::End end;
+    return compile(source);
+  });
+  return false;
 }
 
 const EmbeddedCubin* JitCompiler::find_embedded(const JitSource& source) const {
@@ -263,34 +329,35 @@ const EmbeddedCubin* JitCompiler::find_embedded(const JitSource& source) const {
   return nullptr;
 }
 
-std::string JitCompiler::find_or_compile(const JitSource& source) {
+std::string JitCompiler::disk_key(const JitSource& source) const {
+  JitSource with_version = source;
+  try {
+    with_version.options.push_back("NVRTC " + Nvrtc::instance().version());
+  } catch (const Error& e) {
+    fail("{}", without_nvrtc(e.what()));
+  }
+  return jit_key(with_version, arch_);
+}
+
+fs::path JitCompiler::disk_path(const std::string& key) const {
+  return cache_ / "kernels" / (key + ".cubin");
+}
+
+std::optional<std::string> JitCompiler::find(const JitSource& source) const {
   if (const EmbeddedCubin* const embedded = find_embedded(source)) {
     ++counted.embedded_hits;
     return std::string(embedded->cubin);
   }
-  const Nvrtc* nvrtc = nullptr;
-  try {
-    nvrtc = &Nvrtc::instance();
-  } catch (const Error& e) {
-    fail("{}", without_nvrtc(e.what()));
-  }
-  JitSource with_version = source;
-  with_version.options.push_back("NVRTC " + nvrtc->version());
-  const std::string key = jit_key(with_version, arch_);
-  const fs::path path = cache_ / "kernels" / (key + ".cubin");
-  if (!cache_.empty()) {
-    if (std::optional<std::string> cubin = read_cubin(path, key, source)) {
-      ++counted.disk_hits;
-      return *std::move(cubin);
-    }
-  }
-  std::string cubin = compile(*nvrtc, source, key);
-  ++counted.compiles;
-  if (!cache_.empty()) write_cubin(path, key, source, cubin);
+  const std::string key = disk_key(source);
+  if (cache_.empty()) return std::nullopt;
+  std::optional<std::string> cubin = read_cubin(disk_path(key), key, source);
+  if (cubin) ++counted.disk_hits;
   return cubin;
 }
 
-std::string JitCompiler::compile(const Nvrtc& nvrtc, const JitSource& source, const std::string& key) const {
+std::string JitCompiler::compile(const JitSource& source) const {
+  const Nvrtc& nvrtc = Nvrtc::instance();
+  const std::string key = disk_key(source);
   std::vector<std::string> options = {"--gpu-architecture=" + arch_, "-std=c++17", "-default-device"};
   options.insert(options.end(), source.options.begin(), source.options.end());
   NvrtcResult result = nvrtc.compile(source.text, source.name + ".cu", included_headers(source), options);
@@ -298,6 +365,7 @@ std::string JitCompiler::compile(const Nvrtc& nvrtc, const JitSource& source, co
     fail_run("NVRTC {} does not compile kernel {} for {}: {} ({})", nvrtc.version(), source.name, arch_,
              first_error(result.log), keep_failed_source(cache_, key, source));
   }
+  if (!cache_.empty()) write_cubin(disk_path(key), key, source, result.cubin);
   return std::move(result.cubin);
 }
 

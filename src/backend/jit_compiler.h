@@ -10,9 +10,11 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,8 +24,8 @@
 
 namespace flexchat {
 
-// A translation unit in C++17. Its kernels are extern "C"; it includes nothing but `headers`; functions without
-// annotation run on the device.
+// A translation unit in C++17. Its kernels are extern "C"; it includes nothing but `headers`; functions
+// without annotation run on the device.
 struct JitSource {
   std::string name;  // for messages and file names: "attention_forward"
   std::string text;
@@ -75,6 +77,11 @@ class JitCompiler {
   // (the log's first error, and where the source was written).
   const std::string& cubin(const JitSource& source);
 
+  // For a source that is likely to be asked for soon: if its cubin is known, true. If not it is being
+  // compiled from now on, beside whatever else happens, and cubin() waits for it; it is counted as compiled
+  // at once. What keeps it from being compiled, cubin() says.
+  bool compile_ahead(const JitSource& source);
+
   // What a user of cubins that keeps them itself reports, so that the counters stay whole.
   static void count_memory_hit();
   const std::string& arch() const { return arch_; }
@@ -84,11 +91,16 @@ class JitCompiler {
     std::mutex mutex;
     bool ready = false;
     std::string cubin;
+    std::future<std::string> ahead;  // compile_ahead
   };
 
+  Entry& entry(const JitSource& source);
   const EmbeddedCubin* find_embedded(const JitSource& source) const;
-  std::string find_or_compile(const JitSource& source);
-  std::string compile(const Nvrtc& nvrtc, const JitSource& source, const std::string& key) const;
+  // Compiled ahead of time, or on disk. Errors: NVRTC is missing and would be needed.
+  std::optional<std::string> find(const JitSource& source) const;
+  std::string disk_key(const JitSource& source) const;  // Error: NVRTC is missing
+  std::filesystem::path disk_path(const std::string& key) const;
+  std::string compile(const JitSource& source) const;
   std::string without_nvrtc(const char* reason) const;
 
   const int major_ = 0, minor_ = 0;

@@ -10,11 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FLEXCHAT_HOST_DEVICE __host__ __device__
-#else
-#define FLEXCHAT_HOST_DEVICE
-#endif
+#include "base/host_device.h"
 
 namespace flexchat {
 

@@ -13,6 +13,7 @@ using Clauses = std::vector<Atoms>;      // each of them
 using Form = std::optional<LinearAtom>;  // an atom whose op is still to come
 
 constexpr int64_t max_number = int64_t{1} << 31;  // integers of expressions lie below
+constexpr int64_t max_factor = int64_t{1} << 24;  // so that no sum of products leaves 64 bits
 
 class Linearizer {
  public:
@@ -44,12 +45,15 @@ class Linearizer {
   }
 
  private:
-  static Clauses both(const Clauses& x, const Clauses& y) {
+  static std::optional<Clauses> both(const Clauses& x, const Clauses& y) {
+    if (x.size() + y.size() > max_mask_clauses) return std::nullopt;
     Clauses all = x;
     all.insert(all.end(), y.begin(), y.end());
     return all;
   }
-  static Clauses either(const Clauses& x, const Clauses& y) {
+  // (a && b) || (c && d) is (a || c) && (a || d) && (b || c) && (b || d).
+  static std::optional<Clauses> either(const Clauses& x, const Clauses& y) {
+    if (x.size() * y.size() > max_mask_clauses) return std::nullopt;
     Clauses all;
     for (const Atoms& a : x) {
       for (const Atoms& b : y) {
@@ -98,22 +102,22 @@ class Linearizer {
     return form;
   }
 
-  static bool small(int64_t x) { return -max_number < x && x < max_number; }
+  static bool below(int64_t x, int64_t limit) { return -limit < x && x < limit; }
 
   // x + by * y
   static Form sum(Form x, const Form& y, int64_t by) {
     if (!x || !y) return std::nullopt;
     x->constant += by * y->constant;
-    bool fits = small(x->constant);
+    bool fits = below(x->constant, max_number);
     for (int v = 0; v < n_vars; ++v) {
       const int64_t factor = x->factor[v] + by * y->factor[v];
-      fits = fits && small(factor);
+      fits = fits && below(factor, max_factor);
       x->factor[v] = static_cast<int>(factor);
     }
     for (int i = 0; i < y->n_reads; ++i) {
       if (x->n_reads == max_atom_reads) return std::nullopt;
       LinearRead& read = x->reads[x->n_reads++] = y->reads[i];
-      fits = fits && small(by * read.factor);
+      fits = fits && below(by * read.factor, max_factor);
       read.factor = static_cast<int>(by * read.factor);
     }
     if (!fits) return std::nullopt;
@@ -181,7 +185,7 @@ class Linearizer {
 std::optional<LinearMask> linear_mask(const Expr& mask, std::span<const Capture> captures) {
   check_mask(mask);
   std::optional<Clauses> clauses = Linearizer(captures).clauses(mask, false);
-  if (!clauses || clauses->size() > max_mask_clauses) return std::nullopt;
+  if (!clauses) return std::nullopt;
   std::stable_partition(clauses->begin(), clauses->end(), [](const Atoms& atoms) {
     return std::all_of(atoms.begin(), atoms.end(), [](const LinearAtom& a) { return a.n_reads == 0; });
   });

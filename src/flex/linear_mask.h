@@ -15,14 +15,9 @@
 #include <optional>
 #include <span>
 
+#include "base/host_device.h"
 #include "flex/expr.h"
 #include "flex/interval.h"
-
-#ifdef __CUDACC__
-#define FLEXCHAT_HOST_DEVICE __host__ __device__
-#else
-#define FLEXCHAT_HOST_DEVICE
-#endif
 
 namespace flexchat::flex {
 

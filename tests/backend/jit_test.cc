@@ -126,6 +126,47 @@ TEST(Jit, EmbeddedCubinsComeFirst) {
   EXPECT_EQ(gained.compiles + gained.disk_hits, 0);
 }
 
+TEST(Jit, CompilesAhead) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC";
+  const TempFolder folder;
+  JitCompiler compiler("sm_80", folder.path());
+  const JitSource source = small_source();
+  std::string cubin;
+  const JitCounters gained = counted([&] {
+    EXPECT_FALSE(compiler.compile_ahead(source));
+    EXPECT_FALSE(compiler.compile_ahead(source)) << "a second asking starts nothing";
+    cubin = compiler.cubin(source);
+    EXPECT_TRUE(compiler.compile_ahead(source));
+  });
+  EXPECT_EQ(cubin.substr(1, 3), "ELF");
+  EXPECT_EQ(gained.compiles, 1);
+  EXPECT_EQ(gained.disk_hits + gained.embedded_hits + gained.memory_hits, 0);
+  const JitCounters again = counted([&] {
+    JitCompiler other("sm_80", folder.path());
+    EXPECT_TRUE(other.compile_ahead(source)) << "it is on disk";
+    EXPECT_EQ(other.cubin(source), cubin);
+  });
+  EXPECT_EQ(again.compiles, 0);
+  EXPECT_EQ(again.disk_hits, 1);
+  // What does not compile says so when it is asked for.
+  JitSource wrong = source;
+  wrong.text += "this is no source";
+  compiler.compile_ahead(wrong);
+  EXPECT_THROW(compiler.cubin(wrong), RunError);
+}
+
+TEST(JitDeathTest, ExitWaitsForWhatIsCompiledAhead) {
+  if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC";
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  const TempFolder folder;
+  const auto run = [&] {
+    auto* const compiler = new JitCompiler("sm_80", folder.path());
+    compiler->compile_ahead(small_source());
+    std::exit(0);
+  };
+  EXPECT_EXIT(run(), ::testing::ExitedWithCode(0), "");
+}
+
 TEST(Jit, TheEnvironmentNamesTheCache) {
   const auto with = [](const char* own, const char* xdg, const char* home) {
     const char* names[] = {"FLEXCHAT_CACHE", "XDG_CACHE_HOME", "HOME"};
@@ -215,7 +256,7 @@ TEST(Jit, FailuresShowTheErrorAndKeepTheSource) {
 
 TEST(Jit, ThreadsShareOneCompilation) {
   if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC";
-  const TempFolder folder;
+  const const TempFolder folder;
   JitCompiler compiler("sm_80", folder.path());
   const int threads = num_threads();
   set_num_threads(4);

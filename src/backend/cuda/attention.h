@@ -4,8 +4,8 @@
 // row.
 //
 // Lists of tiles depend on tile sizes, which depend on dtype and GPU (kernels/tiles.cuh); each is built at
-// its first use: on the device (block_lists.cu) if the mask is made of linear comparisons
-// (flex/linear_mask.h), otherwise on the host, which must not be inside a captured step.
+// its first use, which must therefore not be inside a captured step: on the device (block_lists.cu) if the
+// mask is made of linear comparisons (flex/linear_mask.h), otherwise on the host.
 #pragma once
 
 #include <array>

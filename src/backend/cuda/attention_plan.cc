@@ -258,6 +258,7 @@ AttentionBlocks CudaAttentionPlan::blocks(int64_t block_q, int64_t block_kv, boo
   const std::lock_guard lock(mutex_);
   DeviceBlocks& device = blocks_[{block_q, block_kv, transposed ? 1 : 0}];
   if (!device.numbers.defined()) {
+    backend_.context().forbid_in_capture("building the lists of blocks of a mask");
     const AttentionShape& s = shape();
     const bool uniform = s.extent().uniform();
     const TileGrid grid = {spec().mask->uses(flex::Var::b) || !uniform ? s.batch : 1,

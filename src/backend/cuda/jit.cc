@@ -1,12 +1,7 @@
 #include "backend/cuda/jit.h"
 
-#include <exception>
-#include <set>
-#include <vector>
-
 #include "backend/cuda/aot.h"
 #include "base/error.h"
-#include "base/parallel.h"
 #include "base/strings.h"
 
 namespace flexchat::cuda {
@@ -41,23 +36,10 @@ const JitKernel& Jit::get(const Context& context, const JitSource& source, const
     }
   }
   context.forbid_in_capture("loading a kernel");
-  std::vector<const JitSource*> sources = {&source};  // each once
-  std::set<std::string> keys = {jit_key(source, compiler_.arch())};
-  for (const JitEntry& companion : companions) {
-    if (keys.insert(jit_key(companion.source, compiler_.arch())).second) sources.push_back(&companion.source);
-  }
-  if (sources.size() > 1) {
-    parallel_for(static_cast<int64_t>(sources.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        try {
-          compiler_.cubin(*sources[static_cast<size_t>(i)]);
-        } catch (const std::exception&) {  // asked again below, where errors may be thrown
-        }
-      }
-    });
-  }
   const JitKernel& kernel = get_loaded(source, entry);
-  for (const JitEntry& companion : companions) get_loaded(companion.source, companion.entry);
+  for (const JitEntry& companion : companions) {
+    if (compiler_.compile_ahead(companion.source)) get_loaded(companion.source, companion.entry);
+  }
   return kernel;
 }
 

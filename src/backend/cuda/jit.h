@@ -42,8 +42,9 @@ class Jit {
   // The kernel `entry` (extern "C") of a source: compiled and loaded on first use, looked up by the hash of
   // the source afterwards. Loading waits for the device, so that new kernels are an error while a graph is
   // captured. Thread-safe. Errors: as JitCompiler::cubin, no such entry, the driver's.
-  // `companions` are kernels that calls to come may ask for: they are compiled side by side with the first,
-  // and loaded, so that those calls wait for nothing.
+  // `companions` are kernels that calls to come may ask for. Those whose cubins are known are loaded, too;
+  // the others are compiled while the caller goes on, for two compilers at once would get into each other's
+  // way.
   const JitKernel& get(const Context& context, const JitSource& source, const std::string& entry,
                        std::span<const JitEntry> companions = {});
 
