@@ -2,13 +2,14 @@
 # Checks what only a GPU can: attention's certificate in every dtype, random cases, the golden files, the tests
 # that need a device, and NVIDIA's memory and race checkers. Prints one line for each; exit code 1 if any failed.
 #
-#   scripts/gpu_check.sh [--program build/cuda/flexchat] [--cases 10000] [--out runs/gpu_check]
+#   scripts/gpu_check.sh [--program build/cuda/flexchat] [--cases 10000] [--out runs/gpu_check] [CHECK...]
 #
+# CHECK: only those whose names begin so, e.g. suite random-bf16 racecheck.
 # --cases: random cases of attention for each dtype, spread over the cores.
 # Golden files are taken from ../shared/golden, beside the repository, where there are any.
 set -euo pipefail
 
-program=build/cuda/flexchat cases=10000 out=runs/gpu_check
+program=build/cuda/flexchat cases=10000 out=runs/gpu_check wanted=()
 while (($# > 0)); do
   case $1 in
     --program | --cases | --out)
@@ -23,9 +24,13 @@ while (($# > 0)); do
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
       exit 0
       ;;
-    *)
+    -*)
       echo "scripts/gpu_check.sh: unknown option '$1'; allowed: --program, --cases, --out, --help" >&2
       exit 2
+      ;;
+    *)
+      wanted+=("$1")
+      shift
       ;;
   esac
 done
@@ -38,8 +43,12 @@ mkdir -p "$out"
 
 table=() failed=0
 check() { # name, command...: its output goes to a file of that name
-  local name=$1 start=$SECONDS verdict=passed
+  local name=$1 start=$SECONDS verdict=passed word asked=$((${#wanted[@]} == 0))
   shift
+  for word in "${wanted[@]}"; do
+    if [[ $name == "$word"* ]]; then asked=1; fi
+  done
+  if ((!asked)); then return; fi
   if ! "$@" >"$out/$name.txt" 2>&1; then
     verdict=FAILED
     failed=1
@@ -93,6 +102,10 @@ if command -v compute-sanitizer >/dev/null; then
   fi
 fi
 
+if ((${#table[@]} == 0)); then
+  echo "scripts/gpu_check.sh: no check's name begins with: ${wanted[*]}" >&2
+  exit 2
+fi
 printf '\n'
 printf '%s\n' "${table[@]}"
 exit "$failed"

@@ -256,7 +256,7 @@ TEST(Jit, FailuresShowTheErrorAndKeepTheSource) {
 
 TEST(Jit, ThreadsShareOneCompilation) {
   if (!has_nvrtc()) GTEST_SKIP() << "no NVRTC";
-  const const TempFolder folder;
+  const TempFolder folder;
   JitCompiler compiler("sm_80", folder.path());
   const int threads = num_threads();
   set_num_threads(4);
