@@ -50,6 +50,31 @@ TEST(Bench, ModelRecordsWhatRan) {
   EXPECT_EQ(kept.at("environment").at("devices").at(0).at("device"), "cpu");
 }
 
+TEST(Bench, AttentionTimesModsAndWholeModels) {
+  const TempFolder runs;
+  const Words common = {"bench", "attention", "--repeats", "1", "--runs", runs.path().string(), "--json"};
+  const Json mods =
+      json_of(run_program(with(common, {"--mods", "sdpa", "packed", "--shapes", "1x2x1x40x16"})));
+  ASSERT_EQ(mods.at("rows").size(), 2u);
+  EXPECT_EQ(mods.at("rows").at(0).at("mask_ms"), 0) << "sdpa has no lists of blocks";
+  for (const Json& row : mods.at("rows")) {
+    EXPECT_GT(row.at("forward_ms").get<double>(), 0) << row;
+    EXPECT_GT(row.at("backward_ms").get<double>(), 0) << row;
+  }
+  const Json model = json_of(
+      run_program(with(common, {"--model", "--n-layer", "1", "--n-head", "2", "--n-kv-head", "1", "--n-embd",
+                                "32", "--vocab-size", "64", "--sequence-len", "16", "--batch", "2"})));
+  ASSERT_EQ(model.at("rows").size(), 2u);
+  EXPECT_EQ(model.at("rows").at(0).at("mod"), "sdpa");
+  EXPECT_EQ(model.at("rows").at(1).at("mod"), "flex");
+  for (const Json& row : model.at("rows")) {
+    EXPECT_EQ(row.at("kernel"), "cpu");
+    EXPECT_GT(row.at("forward_ms").get<double>(), 0) << row;
+    EXPECT_GT(row.at("fwd_bwd_ms").get<double>(), 0) << row;
+    EXPECT_GT(row.at("peak_mb").get<double>(), 0) << row;
+  }
+}
+
 TEST(Bench, TrainTellsAttentionAndLossOfEveryPoint) {
   const TempFolder runs;
   const Json summary =
@@ -112,6 +137,8 @@ TEST(BadInput, IsOneLineAndExitCode2) {
        "allowed on reference: sdpa, flex, auto, reference"},
       {with(model, {"--loss", "fused"}), "auto, full, current, chunked, liger, cce"},
       {with(model, {"--loss-memory", "-1"}), "--loss-memory"},
+      {{"bench", "attention", "--model", "--mods", "alibi"}, "allowed with --model: sdpa, flex"},
+      {{"bench", "attention", "--shapes", "1x2x1x40"}, "is not of the form BxHxGxTxD"},
       {{"bench", "ops", "--width", "3"}, "the width even"},
       {{"bench", "opps"}, "did you mean 'ops'"}};
   if (!cuda_available()) {
