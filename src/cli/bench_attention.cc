@@ -157,69 +157,76 @@ struct Subject {
   Row row;
 };
 
+// The mod's first run: compiles what it needs, and tells what ran and what memory it took.
+Subject make_subject(Backend& backend, const AttentionShape& s, const std::string& mod,
+                     const Operands& operands, const std::string& kernel, bool backward) {
+  Subject x;
+  x.spec = spec_of(mod, s, backend);
+  x.out = backend.empty(operands.q.shape(), operands.q.dtype());
+  x.lse = backend.empty(operands.lse.shape(), operands.lse.dtype());
+  x.io = operands.tensors(false);
+  x.io.out = heads_view(x.out);
+  const size_t before = backend.arena().stats().in_use;
+  backend.arena().reset_peak();
+  x.plan = backend.plan_attention(s, x.spec, kernel);
+  AttentionTensors io = x.io;
+  if (backward) io.lse = &x.lse;
+  backend.attention(*x.plan, io);
+  if (backward) backend.attention_backward(*x.plan, io, operands.gradients());
+  x.row.extra_mb = static_cast<double>(backend.arena().stats().peak - before) / 1e6;
+  x.row.kernel = x.plan->kernel();
+  x.row.reason = x.plan->reason();
+  x.row.forward_flops = product_flops(mod, s);
+  x.row.bytes = static_cast<double>(2 * operands.q.bytes() + operands.k.bytes() + operands.v.bytes());
+  return x;
+}
+
+// A plan builds its lists of blocks when they are first needed: what that adds to a forward.
+double time_lists(Backend& backend, const AttentionShape& s, Subject& x, const std::string& kernel,
+                  int repeats) {
+  const auto forward = [&](std::shared_ptr<const AttentionPlan> fresh, bool use_it) {
+    if (use_it) x.plan = std::move(fresh);
+    backend.synchronize();
+    backend.attention(*x.plan, x.io);
+  };
+  const std::vector<double> seconds =
+      median_seconds_in_turn(backend,
+                             {[&] { forward(backend.plan_attention(s, x.spec, kernel), true); },
+                              [&] { forward(backend.plan_attention(s, x.spec, kernel), false); }},
+                             4 * repeats + 1, 0);
+  return std::max(0.0, seconds[0] - seconds[1]);
+}
+
 // All mods at one shape, sampled in turn.
 std::vector<Row> time_attention(Backend& backend, const AttentionShape& s,
                                 const std::vector<std::string>& mods, DType dtype, const std::string& kernel,
                                 bool backward, int repeats) {
-  using Works = std::vector<std::function<void()>>;
   const Operands operands(backend, s, dtype);
   const AttentionGradients grads = operands.gradients();
-  std::vector<Subject> subjects(mods.size());
-  for (size_t i = 0; i < mods.size(); ++i) {
-    const std::string& mod = mods[i];
-    Subject& x = subjects[i];
-    x.spec = spec_of(mod, s, backend);
-    x.out = backend.empty(operands.q.shape(), dtype);
-    x.lse = backend.empty(operands.lse.shape(), operands.lse.dtype());
-    x.io = operands.tensors(backward);
-    x.io.out = heads_view(x.out);
-    if (backward) x.io.lse = &x.lse;
-    const size_t before = backend.arena().stats().in_use;
-    backend.arena().reset_peak();
-    x.plan = backend.plan_attention(s, x.spec, kernel);
-    backend.attention(*x.plan, x.io);
-    if (backward) backend.attention_backward(*x.plan, x.io, grads);
-    x.row.extra_mb = static_cast<double>(backend.arena().stats().peak - before) / 1e6;
-    x.row.kernel = x.plan->kernel();
-    x.row.reason = x.plan->reason();
-    x.row.forward_flops = product_flops(mod, s);
-    x.row.bytes = static_cast<double>(2 * operands.q.bytes() + operands.k.bytes() + operands.v.bytes());
-  }
+  std::vector<Subject> subjects;
+  for (const std::string& mod : mods)
+    subjects.push_back(make_subject(backend, s, mod, operands, kernel, backward));
 
-  Works plans, forwards, backwards, with_lists, without;
-  std::vector<Subject*> masked;
+  std::vector<std::function<void()>> plans, forwards, backwards;
   for (Subject& x : subjects) {
+    if (backward) x.io.lse = &x.lse;
     plans.emplace_back([&] { x.plan = backend.plan_attention(s, x.spec, kernel); });
     forwards.emplace_back([&] { backend.attention(*x.plan, x.io); });
     backwards.emplace_back([&] { backend.attention_backward(*x.plan, x.io, grads); });
-    if (!x.spec.mask) continue;
-    masked.push_back(&x);
-    // A plan builds its lists of blocks when they are first needed.
-    with_lists.emplace_back([&] {
-      x.plan = backend.plan_attention(s, x.spec, kernel);
-      backend.synchronize();
-      backend.attention(*x.plan, x.io);
-    });
-    without.emplace_back([&] {
-      backend.plan_attention(s, x.spec, kernel);
-      backend.synchronize();
-      backend.attention(*x.plan, x.io);
-    });
   }
-  const auto record = [&](const Works& works, double Row::*to) {
+  const auto record = [&](const std::vector<std::function<void()>>& works, double Row::*to) {
     const std::vector<double> seconds = median_seconds_in_turn(backend, works, repeats);
     for (size_t i = 0; i < seconds.size(); ++i) subjects[i].row.*to = 1e3 * seconds[i];
   };
   record(plans, &Row::plan_ms);
   record(forwards, &Row::forward_ms);
   if (backward) record(backwards, &Row::backward_ms);
-  for (size_t i = 0; i < masked.size(); ++i) {
-    const std::vector<double> seconds =
-        median_seconds_in_turn(backend, {with_lists[i], without[i]}, 4 * repeats + 1, 0);
-    masked[i]->row.mask_ms = std::max(0.0, 1e3 * (seconds[0] - seconds[1]));
-  }
+
   std::vector<Row> rows;
-  for (const Subject& x : subjects) rows.push_back(x.row);
+  for (Subject& x : subjects) {
+    if (x.spec.mask) x.row.mask_ms = 1e3 * time_lists(backend, s, x, kernel, repeats);
+    rows.push_back(x.row);
+  }
   return rows;
 }
 
