@@ -309,12 +309,16 @@ bool JitCompiler::compile_ahead(const JitSource& source) {
   } catch (const Error&) {
     return false;
   }
-  ++counted.compiles;
   Ahead::begin();
-  e.ahead = std::async(std::launch::async, [this, source] {
+  try {
+    e.ahead = std::async(std::launch::async, [this, source] {
+      const Ahead::End end;
+      return compile(source);
+    });
+    ++counted.compiles;
+  } catch (const std::system_error&) {  // no thread is to be had: compiled when it is asked for
     const Ahead::End end;
-    return compile(source);
-  });
+  }
   return false;
 }
 
