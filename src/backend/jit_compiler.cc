@@ -11,6 +11,7 @@
 #include <optional>
 #include <set>
 #include <system_error>
+#include <thread>
 
 #include "base/crc32c.h"
 #include "base/error.h"
@@ -270,6 +271,12 @@ fs::path JitCompiler::cache_folder() {
   return {};
 }
 
+JitCompiler::~JitCompiler() {
+  for (const auto& [key, e] : entries_) {
+    if (e->ahead.valid()) e->ahead.wait();
+  }
+}
+
 JitCompiler::Entry& JitCompiler::entry(const JitSource& source) {
   const std::string key = jit_key(source, arch_);
   const std::lock_guard lock(mutex_);
@@ -309,12 +316,15 @@ bool JitCompiler::compile_ahead(const JitSource& source) {
   } catch (const Error&) {
     return false;
   }
+  std::packaged_task<std::string()> task([this, source] { return compile(source); });
+  std::future<std::string> result = task.get_future();
   Ahead::begin();
   try {
-    e.ahead = std::async(std::launch::async, [this, source] {
+    std::thread([task = std::move(task)]() mutable {
+      task();
       const Ahead::End end;
-      return compile(source);
-    });
+    }).detach();  // the destructor and the program's exit wait for it
+    e.ahead = std::move(result);
     ++counted.compiles;
   } catch (const std::system_error&) {  // no thread is to be had: compiled when it is asked for
     const Ahead::End end;

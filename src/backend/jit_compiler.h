@@ -68,6 +68,9 @@ class JitCompiler {
               std::filesystem::path cache = cache_folder());
   // For exactly this architecture ("sm_80"), as the build does.
   JitCompiler(std::string arch, std::filesystem::path cache);
+  ~JitCompiler();
+  JitCompiler(const JitCompiler&) = delete;
+  JitCompiler& operator=(const JitCompiler&) = delete;
 
   // Where the environment puts the cache; empty when it names no place.
   static std::filesystem::path cache_folder();
