@@ -2,14 +2,14 @@
 # Checks what only a GPU can: attention's certificate in every dtype, random cases, the golden files, the tests
 # that need a device, and NVIDIA's memory and race checkers. Prints one line for each; exit code 1 if any failed.
 #
-#   scripts/gpu_check.sh [--program build/cuda/flexchat] [--cases 10000] [--out runs/gpu_check] [CHECK...]
+#   scripts/gpu_check.sh [--program build/cuda/flexchat] [--cases 10000] [--out runs/gpu_check/TIME] [CHECK...]
 #
 # CHECK: only those whose names begin so, e.g. suite random-bf16 racecheck.
 # --cases: random cases of attention for each dtype, spread over the cores.
 # Golden files are taken from ../shared/golden, beside the repository, where there are any.
 set -euo pipefail
 
-program=build/cuda/flexchat cases=10000 out=runs/gpu_check wanted=()
+program=build/cuda/flexchat cases=10000 out=runs/gpu_check/$(date +%Y%m%d-%H%M%S) wanted=()
 while (($# > 0)); do
   case $1 in
     --program | --cases | --out)
@@ -36,9 +36,15 @@ while (($# > 0)); do
 done
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+die() {
+  echo "scripts/gpu_check.sh: $*" >&2
+  exit 2
+}
+if [[ ! $cases =~ ^[0-9]+$ ]]; then die "--cases: '$cases' is no whole number"; fi
+if [[ ! -x $program ]]; then die "--program: there is no program $program; cmake --build --preset cuda makes it"; fi
+if [[ -e $out ]]; then die "--out: $out exists already"; fi
 program=$(realpath "$program")
 tests=$(dirname "$program")
-rm -rf "$out"
 mkdir -p "$out"
 
 table=() failed=0
@@ -102,10 +108,7 @@ if command -v compute-sanitizer >/dev/null; then
   fi
 fi
 
-if ((${#table[@]} == 0)); then
-  echo "scripts/gpu_check.sh: no check's name begins with: ${wanted[*]}" >&2
-  exit 2
-fi
+if ((${#table[@]} == 0)); then die "no check's name begins with: ${wanted[*]}"; fi
 printf '\n'
 printf '%s\n' "${table[@]}"
 exit "$failed"

@@ -60,9 +60,7 @@ int AttentionModelBench::run(Backend& backend, DType dtype, const std::vector<st
   const auto tokens = static_cast<double>(ids.numel());
   for (const std::string& path : paths) {
     check(path == "sdpa" || path == "flex",
-          "--mods: '{}' is no path of a model's attention; allowed with "
-          "--model: sdpa, flex",
-          path);
+          "--mods: '{}' is no path of a model's attention; allowed with --model: sdpa, flex", path);
     Rng weights(2, /*stream=*/1 << 20);  // the same for all
     Gpt& model = *models.emplace_back(std::make_unique<Gpt>(config, backend, dtype));
     model.set_attention(path == "flex" ? AttentionPath::flex : AttentionPath::sdpa, kernel);

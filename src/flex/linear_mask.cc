@@ -14,13 +14,16 @@ using Form = std::optional<LinearAtom>;  // an atom whose op is still to come
 
 constexpr int64_t max_number = int64_t{1} << 31;  // integers of expressions lie below
 constexpr int64_t max_factor = int64_t{1} << 24;  // so that no sum of products leaves 64 bits
+// Nodes looked at, shared ones as often as they are met: x + x of x + x of ... would take for ever.
+constexpr int max_visits = 512;
 
 class Linearizer {
  public:
   explicit Linearizer(std::span<const Capture> captures) : captures_(captures) {}
 
   // The clauses of `expr`, or of its negation.
-  std::optional<Clauses> clauses(const Expr& expr, bool negated) const {
+  std::optional<Clauses> clauses(const Expr& expr, bool negated) {
+    if (++visits_ > max_visits) return std::nullopt;
     const Node& node = expr.node();
     switch (node.op) {
       case Op::constant:
@@ -64,7 +67,7 @@ class Linearizer {
     return all;
   }
 
-  std::optional<Clauses> comparison(const Node& node, bool negated) const {
+  std::optional<Clauses> comparison(const Node& node, bool negated) {
     const Expr &left = node.args[0], &right = node.args[1];
     if (left.type() != Type::integer || right.type() != Type::integer) return std::nullopt;
     const bool ordered = node.op == Op::lt || node.op == Op::le;
@@ -85,7 +88,7 @@ class Linearizer {
   struct Sides {
     Expr left, right;
   };
-  std::optional<Clauses> halves(Op op, const Sides& x, const Sides& y, bool negated, bool conjunction) const {
+  std::optional<Clauses> halves(Op op, const Sides& x, const Sides& y, bool negated, bool conjunction) {
     const auto one = difference(op, x.left, x.right, negated),
                other = difference(op, y.left, y.right, negated);
     if (!one || !other) return std::nullopt;
@@ -94,7 +97,7 @@ class Linearizer {
   }
 
   // left op right, or its negation: !(x < y) is y <= x.
-  Form difference(Op op, const Expr& left, const Expr& right, bool negated) const {
+  Form difference(Op op, const Expr& left, const Expr& right, bool negated) {
     const bool ordered = op == Op::lt || op == Op::le, swapped = ordered && negated;
     Form form = sum(linear(swapped ? right : left), linear(swapped ? left : right), -1);
     if (!form) return form;
@@ -124,7 +127,8 @@ class Linearizer {
     return x;
   }
 
-  Form linear(const Expr& expr) const {
+  Form linear(const Expr& expr) {
+    if (++visits_ > max_visits) return std::nullopt;
     const Node& node = expr.node();
     LinearAtom form{};
     switch (node.op) {
@@ -178,6 +182,7 @@ class Linearizer {
   }
 
   std::span<const Capture> captures_;
+  int visits_ = 0;
 };
 
 }  // namespace

@@ -62,6 +62,19 @@ TEST(LinearMask, ManyTermsHaveNone) {
   EXPECT_FALSE(form_of(all).has_value());
 }
 
+// A shared node is met as often as paths lead to it, and a long sum is a deep one.
+TEST(LinearMask, LookingEndsSoon) {
+  const auto v = variables();
+  Expr shared = v.q + v.kv, sum = v.q;
+  for (int i = 0; i < 60; ++i) shared = min(shared, v.q) - (shared - v.kv);
+  EXPECT_FALSE(form_of(shared == 0).has_value());
+  Expr doubled = v.q - 2 * v.kv + v.b;
+  for (int i = 0; i < 60; ++i) doubled = (doubled - v.q) - (v.kv - doubled);
+  EXPECT_FALSE(form_of(doubled == 0).has_value());
+  for (int i = 0; i < 1000; ++i) sum = sum + (i % 2 == 0 ? v.kv : v.h);
+  EXPECT_FALSE(form_of(sum < 0).has_value());
+}
+
 TEST(LinearMask, LargeFactorsHaveNone) {
   EXPECT_TRUE(form_of("1000 * q <= 1000 * kv").has_value());
   EXPECT_FALSE(form_of("100000000 * q <= kv").has_value());

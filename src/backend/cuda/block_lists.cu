@@ -70,7 +70,7 @@ __device__ MinMax scan(const Stretch& x, int begin, int step) {
 }
 
 // Positions in order: how many threads before this one have `mine`, and how many have it in all. For the
-// whole block, twice in a row only with a barrier between (there is one inside).
+// whole block.
 struct Place {
   int before, all;
 };
