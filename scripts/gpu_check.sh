@@ -78,9 +78,11 @@ random_cases() { # dtype
   return "$status"
 }
 
-# Racecheck takes reads for unordered that one lane's arrival at a barrier in shared memory (mbarrier) orders for
-# its whole warp, and initcheck does not see what bulk copies write. Hopper's kernels have both, so these two tools
-# look at the others: those of f32, and at head dim 80 those of mma.sync.
+# Racecheck does not follow bar.arrive, nor one lane's arrival at a barrier in shared memory (mbarrier) for its whole
+# warp, and initcheck does not see what bulk copies write. Hopper's kernels have all three, so these two tools look at
+# the others: those of f32, and at head dim 80 those of mma.sync. Reads of memory that nobody wrote show everywhere
+# when new blocks are full of NaN (poisoned).
+poisoned() { FLEXCHAT_POISON=1 "$@"; }
 sanitize() { # tool, dtype, options of verify...
   local tool=$1 dtype=$2
   shift 2
@@ -96,6 +98,12 @@ if compgen -G '../shared/golden/classic_*.safetensors' >/dev/null; then
 fi
 for name in ops optim backend models verify; do
   if [[ -x $tests/test_$name ]]; then check "test-$name" "$tests/test_$name"; fi
+done
+for dtype in f32 bf16 f16; do
+  check "poison-suite-$dtype" poisoned attention --suite --dtype "$dtype" --run-id "poisoned_$dtype"
+done
+for name in ops optim models; do
+  if [[ -x $tests/test_$name ]]; then check "poison-test-$name" poisoned "$tests/test_$name"; fi
 done
 if command -v compute-sanitizer >/dev/null; then
   for dtype in f32 bf16; do check "memcheck-attention-$dtype" sanitize memcheck "$dtype" --mask causal; done

@@ -4,10 +4,10 @@
 
 #include <atomic>
 #include <charconv>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <list>
 #include <optional>
 #include <set>
 #include <system_error>
@@ -170,39 +170,51 @@ std::string first_error(const std::string& log) {
   return first.empty() ? "the compiler gives no reason" : std::string(first);
 }
 
-// How many compilers are at work ahead of time: the program must not be taken apart around one.
+// Threads that compile ahead of time. The program must not be taken apart around one, nor before what NVRTC
+// keeps for each thread is gone, so that the end of the program waits until they have ended.
 class Ahead {
  public:
-  // NVRTC must have been loaded: what is registered after it comes before its own end.
-  static void begin() {
-    static const int registered = std::atexit([] {
-      std::unique_lock lock(mutex());
-      done().wait(lock, [] { return running() == 0; });
-    });
+  // Runs `work` in a thread of its own. NVRTC must have been loaded, so that its own end comes after the
+  // wait. Error: no thread is to be had (std::system_error).
+  static void start(std::packaged_task<std::string()> work) {
+    static const int registered = std::atexit(wait);
     check(registered == 0, "the program's exit cannot be watched");
     const std::lock_guard lock(mutex());
-    ++running();
-  }
-  struct End {
-    ~End() {
-      const std::lock_guard lock(mutex());
-      --running();
-      done().notify_all();
+    workers().remove_if([](Worker& worker) {
+      const bool done = worker.done;
+      if (done) worker.thread.join();
+      return done;
+    });
+    Worker& worker = workers().emplace_back();
+    try {
+      worker.thread = std::thread([&worker, work = std::move(work)]() mutable {
+        work();
+        worker.done = true;
+      });
+    } catch (...) {
+      workers().pop_back();
+      throw;
     }
-  };
+  }
+  static void wait() {
+    const std::lock_guard lock(mutex());
+    for (Worker& worker : workers()) worker.thread.join();
+    workers().clear();
+  }
 
- private:  // never destroyed
+ private:
+  struct Worker {
+    std::thread thread;
+    std::atomic<bool> done{false};
+  };
+  // Never destroyed.
   static std::mutex& mutex() {
     static auto* const the = new std::mutex;
     return *the;
   }
-  static std::condition_variable& done() {
-    static auto* const the = new std::condition_variable;
+  static std::list<Worker>& workers() {
+    static auto* const the = new std::list<Worker>;
     return *the;
-  }
-  static int& running() {
-    static int n = 0;
-    return n;
   }
 };
 
@@ -318,16 +330,11 @@ bool JitCompiler::compile_ahead(const JitSource& source) {
   }
   std::packaged_task<std::string()> task([this, source] { return compile(source); });
   std::future<std::string> result = task.get_future();
-  Ahead::begin();
   try {
-    std::thread([task = std::move(task)]() mutable {
-      task();
-      const Ahead::End end;
-    }).detach();  // the destructor and the program's exit wait for it
+    Ahead::start(std::move(task));
     e.ahead = std::move(result);
     ++counted.compiles;
-  } catch (const std::system_error&) {  // no thread is to be had: compiled when it is asked for
-    const Ahead::End end;
+  } catch (const std::system_error&) {  // compiled when it is asked for
   }
   return false;
 }
@@ -395,6 +402,8 @@ std::string JitCompiler::without_nvrtc(const char* reason) const {
 }
 
 void JitCompiler::count_memory_hit() { ++counted.memory_hits; }
+
+void wait_for_jit() { Ahead::wait(); }
 
 JitCounters jit_counters() {
   return {counted.compiles, counted.disk_hits, counted.embedded_hits, counted.memory_hits};

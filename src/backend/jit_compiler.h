@@ -60,6 +60,8 @@ struct JitCounters {
 };
 // Since the program started, all devices together.
 JitCounters jit_counters();
+// Returns when nothing is being compiled ahead (JitCompiler::compile_ahead).
+void wait_for_jit();
 
 class JitCompiler {
  public:

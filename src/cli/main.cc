@@ -8,6 +8,7 @@
 #include <exception>
 #include <string_view>
 
+#include "backend/jit_compiler.h"
 #include "base/error.h"
 #include "cli/command.h"
 
@@ -22,11 +23,15 @@ int main(int argc, char** argv) {
   std::signal(SIGXFSZ, SIG_IGN);
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
-  try {
-    return flexchat::run_command({argv + 1, argv + argc});
-  } catch (const flexchat::Error& e) {
-    return complain(e, 2);
-  } catch (const std::exception& e) {
-    return complain(e, 1);
-  }
+  const int code = [&] {
+    try {
+      return flexchat::run_command({argv + 1, argv + argc});
+    } catch (const flexchat::Error& e) {
+      return complain(e, 2);
+    } catch (const std::exception& e) {
+      return complain(e, 1);
+    }
+  }();
+  flexchat::wait_for_jit();  // while everything that compilers use is still there
+  return code;
 }

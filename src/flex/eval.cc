@@ -1,6 +1,8 @@
 // The reference evaluator.
 #include "flex/eval.h"
 
+#include <cmath>
+
 #include "base/error.h"
 
 namespace flexchat::flex {
@@ -74,6 +76,19 @@ std::vector<double> Evaluator::all(const Point& point) {
   std::vector<double> result;
   for (const int root : program_.roots) result.push_back(values_[static_cast<size_t>(root)]);
   return result;
+}
+
+double Evaluator::rounded_sizes(const Point& point) {
+  run(point);
+  double sum = 0;
+  for (size_t i = 0; i < values_.size(); ++i) {
+    const Instruction& in = program_.code[i];
+    const bool exact = in.op == Op::constant || in.op == Op::variable || in.op == Op::capture ||
+                       in.op == Op::neg || in.op == Op::abs || in.op == Op::min || in.op == Op::max ||
+                       in.op == Op::where;
+    if (in.type == Type::number && !exact) sum += std::abs(values_[i]);
+  }
+  return sum;
 }
 
 double evaluate(const Expr& expr, const Point& point, const Bindings& bindings) {

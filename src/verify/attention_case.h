@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "backend/backend.h"
+#include "backend/reference/reference_backend.h"
 #include "verify/check.h"
 
 namespace flexchat {
@@ -38,19 +38,21 @@ struct AttentionResults {
 
 AttentionResults run_attention(const AttentionCase& c, Backend& backend, DType dtype,
                                const std::string& kernel = "auto");
-// The same case on the reference backend, its inputs rounded to `dtype`, and how well conditioned it is.
+// The same case on the reference backend, and how well conditioned it is. What kernels are given in `dtype`
+// is rounded to it: inputs, and for the backward the output.
 struct AttentionReference {
   AttentionResults results;
-  double largest_score = 0;  // size of a score whose weight is not negligible
-  Tensor dq, dk, dv;         // sizes of the terms of gradients (ReferenceBackend::attention_term_sizes)
+  ScoreSizes sizes;
+  Tensor dq, dk, dv;  // sizes of the terms of gradients (ReferenceBackend::attention_term_sizes)
   std::vector<std::pair<std::string, Tensor>> captures;
 };
 AttentionReference reference_attention(const AttentionCase& c, DType dtype);
 
 // Largest error allowed in `dtype`: of outputs absolutely (they have unit scale), of gradients relatively.
 // check_attention allows more in two cases, where the problem itself does not define more digits:
-//   scores beyond 4: a score s is a number of f32 and the exponent of a weight, so that it moves results by
-//     2 u |s|, u = 2^-24 the rounding of f32, relatively;
+//   large scores: a score is a number of f32 and the exponent of a weight. Roundings on the way to it and to
+//     the LSE move LSE and gradients by u = 2^-24 of the sizes of what is rounded, relatively; outputs, where
+//     roundings inside the mod average out over keys, are held to 2 u |s|, which matters from |s| = 4 on;
 //   gradients that cancel: gradients are held to their size or to kCancelled of that of their terms.
 struct AttentionLimits {
   double out, lse, gradient;

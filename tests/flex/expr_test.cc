@@ -27,6 +27,19 @@ std::string error_of(const std::function<void()>& build) {
   return "no error";
 }
 
+TEST(Evaluator, SizesOfWhatAFloatRounds) {
+  const auto [score, b, h, q, kv, n_q, n_kv] = variables();
+  Point p;
+  p.score = 3;
+  p.q = 2;
+  p.kv = 12;
+  const auto sizes = [&](const Expr& e) { return Evaluator({e}, Bindings()).rounded_sizes(p); };
+  EXPECT_EQ(sizes(score), 0);
+  EXPECT_EQ(sizes(where(kv <= q, score, -abs(min(score, 0.0)))), 0) << "these round nothing";
+  EXPECT_EQ(sizes(q - kv), 0) << "an integer";
+  EXPECT_EQ(sizes(score - 0.5 * (q - kv)), 5 + 8);
+}
+
 TEST(Expr, EqualExpressionsAreOneNode) {
   const auto [score, b, h, q, kv, n_q, n_kv] = variables();
   EXPECT_TRUE(same((q - kv) * 2 < n_kv, (q - kv) * 2 < n_kv));

@@ -19,6 +19,14 @@
 
 namespace flexchat::cuda {
 
+DeviceArena::DeviceArena(Context& context) : context_(context), poison_(switched_on("FLEXCHAT_POISON")) {}
+
+void* DeviceArena::allocate(size_t bytes) {
+  void* const block = take(bytes);
+  if (poison_) context_.check(cudaMemsetAsync(block, 0xff, bytes, context_.stream()), "poisoning a block");
+  return block;
+}
+
 void DeviceArena::read(const void* from, void* host_memory, size_t bytes) const {
   context_.forbid_in_capture("reading a value from the device");
   context_.check(cudaMemcpyAsync(host_memory, from, bytes, cudaMemcpyDeviceToHost, context_.stream()),
@@ -283,7 +291,7 @@ class ExpandableArena final : public DeviceArena {
         // Addresses cost nothing: room for holes that gave their memory back.
         large_(driver_, context.device().ordinal, 4 * context.device().memory, 32 * kMiB) {}
 
-  void* allocate(size_t bytes) override {
+  void* take(size_t bytes) override {
     std::lock_guard lock(mutex_);
     Range& range = bytes < kMiB ? small_ : large_;
     void* block = range.allocate(bytes);
@@ -348,7 +356,7 @@ class MallocArena final : public DeviceArena {
   using DeviceArena::DeviceArena;
   ~MallocArena() override { free_cached(); }
 
-  void* allocate(size_t bytes) override {
+  void* take(size_t bytes) override {
     std::lock_guard lock(mutex_);
     const size_t size = rounded(bytes);
     auto& cached = cached_[size];
@@ -478,7 +486,7 @@ class AsyncArena final : public DeviceArena {
   uint64_t end_graph() override { return 0; }
   void release_graph(uint64_t) override {}
 
-  void* allocate(size_t bytes) override {
+  void* take(size_t bytes) override {
     std::lock_guard lock(mutex_);
     void* block = nullptr;
     const cudaError_t status = cudaMallocAsync(&block, std::max<size_t>(bytes, 1), context_.stream());

@@ -7,6 +7,9 @@
 // All work is in one stream, so memory that was released may be handed out again at once: what uses it next
 // runs after what used it last. The same sequence of calls gives the same addresses (not with async). What a
 // graph is captured with stays its own as long as it lives: each replay writes there.
+//
+// FLEXCHAT_POISON=1, for tests, fills every new block with bytes 0xff, NaN in all float types: what reads
+// memory that nobody wrote then gives results that no check lets pass.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +24,9 @@ namespace flexchat::cuda {
 
 class DeviceArena : public Arena {
  public:
-  explicit DeviceArena(Context& context) : context_(context) {}
+  explicit DeviceArena(Context& context);
   bool host() const final { return false; }
+  void* allocate(size_t bytes) final;
   // Waits for the work so far.
   void read(const void* from, void* host_memory, size_t bytes) const final;
   void reset_peak() final;
@@ -34,6 +38,7 @@ class DeviceArena : public Arena {
   virtual void release_graph(uint64_t id) = 0;
 
  protected:
+  virtual void* take(size_t bytes) = 0;                 // allocate()
   [[noreturn]] void out_of_memory(size_t bytes) const;  // with mutex_ held
   void count(size_t taken, size_t given_back);          // into stats_
   // A graph in the making may use blocks that were released since.
@@ -42,9 +47,12 @@ class DeviceArena : public Arena {
   Context& context_;
   mutable std::mutex mutex_;
   Stats stats_;
+
+ private:
+  const bool poison_;
 };
 
-// By FLEXCHAT_ALLOC. Errors: an unknown word, a device that cannot do it.
+// By FLEXCHAT_ALLOC and FLEXCHAT_POISON. Errors: an unknown word, a device that cannot do it.
 std::unique_ptr<DeviceArena> make_device_arena(Context& context);
 
 }  // namespace flexchat::cuda

@@ -152,7 +152,8 @@ void run_forward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtyp
   const int major = context.device().major;
   const ForwardTile tile = forward_tile(type, d, major == 9);
   p.blocks = plan.blocks(tile.block_q(), tile.block_kv, false);
-  launch(context, plan.kernel(context, "forward", dtype, p.block_table != nullptr, "attention_forward"),
+  const bool paged = p.block_table != nullptr, training = p.lse != nullptr && !paged;
+  launch(context, plan.kernel(context, "forward", dtype, paged, "attention_forward", training),
          attention_work(plan, dtype, 2, 2),
          dim3(blocks(s.q_len, tile.block_q()) * blocks(s.batch * s.n_head)),
          dim3(static_cast<unsigned>(tile.block_threads())),

@@ -82,9 +82,9 @@ class CudaAttentionPlan final : public AttentionPlan {
 
   // Is this call one for the split-key pass?
   bool decodes() const;
-  // The kernel `entry` of a pass, for keys in pages or contiguous ones.
+  // The kernel `entry` of a pass, for keys in pages or contiguous ones. training: a backward will follow.
   const JitKernel& kernel(const Context& context, const char* pass, DType dtype, bool paged,
-                          const char* entry) const;
+                          const char* entry, bool training = false) const;
   // Lists for tiles of these sizes, of queries or (transposed) of keys.
   AttentionBlocks blocks(int64_t block_q, int64_t block_kv, bool transposed) const;
 

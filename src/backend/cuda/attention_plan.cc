@@ -188,7 +188,7 @@ AttentionParams CudaAttentionPlan::params() const {
 }
 
 const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* pass, DType dtype, bool paged,
-                                           const char* entry) const {
+                                           const char* entry, bool training) const {
   const bool dropout = spec().dropout > 0;
   const std::lock_guard lock(mod_->mutex);
   const JitKernel*& kernel =
@@ -203,12 +203,13 @@ const JitKernel& CudaAttentionPlan::kernel(const Context& context, const char* p
       wanted.dropout = dropout;
       return attention_source(wanted, mod());
     };
-    // Which of the two forward kernels runs is a matter of lengths, which change from call to call.
     std::vector<JitEntry> others;
+    if (training) others.push_back({source("backward"), "attention_backward", true});
+    // Which of the two forward kernels runs is a matter of lengths, which change from call to call.
     if (std::string_view(pass) != "backward") {
-      others = {{source("forward"), "attention_forward"},
-                {source("decode"), "attention_decode"},
-                {source("decode"), "attention_decode_combine"}};
+      others.push_back({source("forward"), "attention_forward"});
+      others.push_back({source("decode"), "attention_decode"});
+      others.push_back({source("decode"), "attention_decode_combine"});
     }
     kernel = &Jit::of(context).get(context, source(pass), entry, others);
   }

@@ -36,6 +36,9 @@ const JitKernel& Jit::get(const Context& context, const JitSource& source, const
     }
   }
   context.forbid_in_capture("loading a kernel");
+  for (const JitEntry& companion : companions) {
+    if (companion.at_once) compiler_.compile_ahead(companion.source);
+  }
   const JitKernel& kernel = get_loaded(source, entry);
   for (const JitEntry& companion : companions) {
     if (compiler_.compile_ahead(companion.source)) get_loaded(companion.source, companion.entry);

@@ -31,7 +31,8 @@ struct JitKernel {
 // A kernel to be had.
 struct JitEntry {
   JitSource source;
-  std::string entry;  // extern "C"
+  std::string entry;     // extern "C"
+  bool at_once = false;  // as a companion: compiled beside the kernel asked for, not after it
 };
 
 class Jit {
@@ -43,8 +44,8 @@ class Jit {
   // the source afterwards. Loading waits for the device, so that new kernels are an error while a graph is
   // captured. Thread-safe. Errors: as JitCompiler::cubin, no such entry, the driver's.
   // `companions` are kernels that calls to come may ask for. Those whose cubins are known are loaded, too;
-  // the others are compiled while the caller goes on, for two compilers at once would get into each other's
-  // way.
+  // the others are compiled while the caller goes on: two compilers at once slow each other down, which only
+  // pays where the caller will wait for both (at_once).
   const JitKernel& get(const Context& context, const JitSource& source, const std::string& entry,
                        std::span<const JitEntry> companions = {});
 

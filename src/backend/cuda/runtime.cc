@@ -13,12 +13,13 @@
 #include "base/strings.h"
 
 namespace flexchat::cuda {
-namespace {
 
 bool switched_on(const char* variable) {
   const char* value = std::getenv(variable);
   return value && std::string_view(value) != "" && std::string_view(value) != "0";
 }
+
+namespace {
 
 DeviceInfo device_info(int ordinal) {
   int count = 0;

@@ -26,6 +26,9 @@ struct LaunchRecord;
 // Throws RunError: "what: CUDA error name (description)". An out-of-memory says what is free.
 void check_cuda(cudaError_t status, const char* what);
 
+// Is an environment variable there, and neither empty nor 0?
+bool switched_on(const char* variable);
+
 // What one launch moves and computes at least, for GB/s and TFLOP/s in profiles.
 struct Work {
   double bytes = 0, flops = 0;

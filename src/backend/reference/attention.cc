@@ -89,6 +89,10 @@ class Attention {
     return result;
   }
 
+  double rounded_sizes_in_mod(int64_t b, int64_t h, int64_t r, const Weight& w) {
+    return spec.score_mod ? mod_[0].rounded_sizes(point(b, h, r, w.j, w.score)) : 0;
+  }
+
   const AttentionShape& shape;
   const AttentionSpec& spec;
   const flex::Extent extent;
@@ -243,15 +247,17 @@ void ReferenceBackend::attention_term_sizes(const AttentionPlan& plan, const Att
   backward<true>(plan, x, sizes);
 }
 
-double ReferenceBackend::largest_score(const AttentionPlan& plan, const AttentionTensors& x) {
+ScoreSizes ReferenceBackend::score_sizes(const AttentionPlan& plan, const AttentionTensors& x) {
   Attention a(plan, x);
   const AttentionShape& s = a.shape;
-  double largest = 0;
+  ScoreSizes largest;
   for (int64_t row = 0; row < s.batch * s.n_head * s.q_len; ++row) {
     const int64_t r = row % s.q_len, h = row / s.q_len % s.n_head, b = row / s.q_len / s.n_head;
+    const double lse = x.lse->as<double>()[a.row(b, h, r)];
     for (const Weight& w : a.weights(b, h, r)) {
-      if (w.modded > x.lse->as<double>()[a.row(b, h, r)] - kNegligible)
-        largest = std::max(largest, std::abs(w.modded));
+      if (w.modded <= lse - kNegligible) continue;
+      const double rounded = std::abs(w.score) + a.rounded_sizes_in_mod(b, h, r, w) + std::abs(lse);
+      largest = {std::max(largest.score, std::abs(w.modded)), std::max(largest.rounded, rounded)};
     }
   }
   return largest;

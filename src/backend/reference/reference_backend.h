@@ -6,6 +6,11 @@
 
 namespace flexchat {
 
+// Of an attention's scores (ReferenceBackend::score_sizes).
+struct ScoreSizes {
+  double score = 0, rounded = 0;
+};
+
 class ReferenceBackend final : public Backend {
  public:
   std::string_view name() const override { return "reference"; }
@@ -47,9 +52,11 @@ class ReferenceBackend final : public Backend {
   // of: where they cancel, no arithmetic is precise relative to what is left.
   void attention_term_sizes(const AttentionPlan& plan, const AttentionTensors& x,
                             const AttentionGradients& sizes);
-  // The largest size of a score, mods included, whose weight is not negligible; it is an exponent, so its
-  // absolute rounding is the weight's relative one. x.lse must be that of the forward.
-  double largest_score(const AttentionPlan& plan, const AttentionTensors& x);
+  // Of scores whose weight is not negligible, mods included, the largest size, and the largest sum of sizes
+  // of what is rounded on the way: the product of q and k, every result inside the mod, and the LSE. Scores
+  // are exponents, so that their absolute rounding is the weight's relative one. x.lse must be that of the
+  // forward.
+  ScoreSizes score_sizes(const AttentionPlan& plan, const AttentionTensors& x);
   void relu_squared(const Tensor& u, const Tensor& y) override;
   void relu_squared_backward(const Tensor& u, const Tensor& dy) override;
   void mix(const Coefficient& a, const Tensor& x, const Coefficient& b, const Tensor& y,

@@ -14,6 +14,7 @@
 // a causal mask the first keys are also those with the most queries.
 #pragma once
 #include "attention_common.cuh"
+#include "mbarrier.cuh"
 
 namespace flexchat::cuda {
 
@@ -258,13 +259,9 @@ ATTENTION_DEVICE int load_relaxed(const int* p) {
 ATTENTION_DEVICE void store_release(int* p, int x) {
   asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
-// A second barrier of the block: warps report that they are past a point, one warp waits for all.
-ATTENTION_DEVICE void arrive() { asm volatile("bar.arrive 1, %0;" ::"n"(kThreads) : "memory"); }
-ATTENTION_DEVICE void await_arrivals() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
-
 // Of the two warps that share keys.
 ATTENTION_DEVICE void pair_barrier(int warp) {
-  asm volatile("bar.sync %0, 64;" ::"r"(2 + warp / 2) : "memory");
+  asm volatile("bar.sync %0, 64;" ::"r"(1 + warp / 2) : "memory");
 }
 
 // dQ of a query tile += this block's share; only one block at a time is here for a tile. The first writes.
@@ -343,7 +340,7 @@ ATTENTION_DEVICE void await_turn(const Pending& pending) {
   }
 }
 ATTENTION_DEVICE void add_dq(const AttentionParams& p, const Shared& shared, const Pending& pending,
-                             int stage, int b, int row, int column, int thread) {
+                             unsigned added, int stage, int b, int row, int column, int thread) {
   if (!pending.turn) return;
   float dq[kDqM][kDqN][4] = {};
   product_tn<kBlockQ, kHeadDim, kBlockKv>(dq, shared.ds + stage * kDsBytes, row, shared.k, column,
@@ -351,13 +348,14 @@ ATTENTION_DEVICE void add_dq(const AttentionParams& p, const Shared& shared, con
   add_to_sum(p.dq_sum + pending.tile * kDqFloats, dq, pending.rank == 0, thread);
   if (kGrads > 0)
     add_query_sums(p, make_row(p, b, pending.h), shared.sums + stage * kSumBytes, pending.q0, thread);
-  if (thread >= 32) arrive();
+  barrier_arrive(added);
 }
-// The next block may add to that tile once every warp of this one has.
-ATTENTION_DEVICE void pass_turn(const Pending& pending, int warp, int lane) {
-  if (!pending.turn || warp != 0) return;
-  await_arrivals();
-  if (lane == 0) store_release(pending.turn, pending.rank + 1);
+// The next block may add to that tile once every thread of this one has: the `turns`-th time that one passes
+// a turn on.
+ATTENTION_DEVICE void pass_turn(const Pending& pending, unsigned added, int& turns, int thread) {
+  if (!pending.turn || thread != 0) return;
+  barrier_wait(added, turns++ & 1);
+  store_release(pending.turn, pending.rank + 1);
 }
 
 // dS (keys, queries) to its tile.
@@ -445,8 +443,13 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
   using namespace backward;
   extern __shared__ __align__(1024) char shared_memory[];
   __shared__ int drawn;
+  __shared__ unsigned long long barrier;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  if (thread == 0) drawn = atomicAdd(p.ticket, 1);
+  const unsigned added = shared_address(&barrier);  // a barrier for those who have added to a sum of dQ
+  if (thread == 0) {
+    drawn = atomicAdd(p.ticket, 1);
+    barrier_init(added, kThreads);
+  }
   __syncthreads();
   const int heads = p.batch * p.n_kv_head, j = drawn / heads, b = drawn % heads / p.n_kv_head;
   const int kv_head = drawn % heads % p.n_kv_head, kv0 = j * kBlockKv;
@@ -467,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
     load_queries(p, row, shared, next.tile(), 0, thread);
   }
   Pending pending{nullptr, 0, 0, 0, 0, 0, false};
-  int head_now = -1, last_stage = 0;
+  int head_now = -1, last_stage = 0, turns = 0;
 #pragma unroll 1
   for (int stage = 0; more; stage ^= 1) {
     const Step step = next;
@@ -480,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
       load_queries(p, head_row(p, b, kv_head, next.h_in_group), shared, next.tile(), stage ^ 1, thread);
     const long long tile_at = static_cast<long long>(row.b * p.n_head + row.h) * query_tiles(p) + step.tile();
     const int seen = thread == 0 ? load_relaxed(p.dq_turn + tile_at) : 0;
-    add_dq(p, shared, pending, stage ^ 1, b, dq_row, dq_column, thread);
+    add_dq(p, shared, pending, added, stage ^ 1, b, dq_row, dq_column, thread);
     const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
     if (is_new_head(p, head_now, step.h_in_group)) {
       for (; kGrads > 0 && heads_done < step.h_in_group; ++heads_done)
@@ -521,7 +524,7 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
       } else {
         product_rn<kHeadDim>(dv, s, dout_tile, c, part * kColumns, lane);
       }
-      if (c + kSteps * kStep == kBlockQ) pass_turn(pending, warp, lane);
+      if (c + kSteps * kStep == kBlockQ) pass_turn(pending, added, turns, thread);
       if constexpr (kPaired)
         product_nn<kBlockQ, kHeadDim, kSteps * kStep>(dk, ds_tile, key_row, c, q_tile, part * kColumns, lane);
       else
@@ -532,8 +535,8 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
   }
   if (thread == 0) await_turn(pending);
   __syncthreads();
-  add_dq(p, shared, pending, last_stage, b, dq_row, dq_column, thread);
-  pass_turn(pending, warp, lane);
+  add_dq(p, shared, pending, added, last_stage, b, dq_row, dq_column, thread);
+  pass_turn(pending, added, turns, thread);
   for (; kGrads > 0 && heads_done < p.n_head / p.n_kv_head; ++heads_done)
     write_key_sums(p, head_row(p, b, kv_head, heads_done), keys, kv_warp, part == 0, lane);
   write_key_gradient(p.dk, p, shared, dk, p.scale, b, kv_head, j, key_row, part * kColumns, thread);

@@ -173,6 +173,19 @@ template <int columns, int m_tiles, int n_tiles>
 ATTENTION_DEVICE void store_tile(unsigned tile, const float (&acc)[m_tiles][n_tiles][4],
                                  const float (&factor)[m_tiles][2], int row, int column, int lane) {
   using T = Tile<columns>;
+  if constexpr (kStoresMatrices && n_tiles % 2 == 0) {
+    const typename T::Line line = T::line(tile, row + lane % 16, lane / 16);
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+      for (int n = 0; n < n_tiles; n += 2) {
+        float x[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = acc[m][n + i / 4][i % 4] * factor[m][i % 4 / 2];
+        store_matrix(line.at(16 * m, column / 8 + n), pack(x[0], x[1]));
+      }
+    return;
+  }
   const typename T::Line line = T::lane_line(tile, row + lane / 4, lane);
 #pragma unroll
   for (int m = 0; m < m_tiles; ++m)

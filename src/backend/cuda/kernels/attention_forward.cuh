@@ -77,6 +77,13 @@ ATTENTION_DEVICE void scale_scores(float (&s)[kM][kN][4], float factor) {
       for (int e = 0; e < 4; ++e) s[m][n][e] *= factor;
 }
 
+// Of a thread's columns 8*n + 2*(lane % 4) + e, bit 2*n + e of each with 8*n + e < column.
+static_assert(2 * kN <= 32);
+ATTENTION_DEVICE unsigned columns_before(int column) {
+  const int x = min(max(column, 0), 8 * kN);
+  return static_cast<unsigned>((1ull << (x / 8 * 2 + min(x % 8, 2))) - 1);
+}
+
 // s becomes -inf where lengths or the built-in mask hide the key.
 ATTENTION_DEVICE void apply_range(const AttentionParams& p, const Row& row, float (&s)[kM][kN][4], int q_warp,
                                   int kv, int lane) {
@@ -86,12 +93,13 @@ ATTENTION_DEVICE void apply_range(const AttentionParams& p, const Row& row, floa
     for (int i = 0; i < 2; ++i) {
       const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
       const KeyRange range = key_range(p, row, q);
-      const int column = kv + 2 * (lane % 4), first = range.first - column, end = range.end - column;
+      const int column = kv + 2 * (lane % 4);
+      const unsigned seen = columns_before(range.end - column) & ~columns_before(range.first - column);
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          if (8 * n + e < first || 8 * n + e >= end) s[m][n][2 * i + e] = negative_infinity();
+          if (!(seen >> (2 * n + e) & 1)) s[m][n][2 * i + e] = negative_infinity();
     }
 }
 
@@ -258,6 +266,7 @@ ATTENTION_DEVICE void finish(const AttentionParams& p, const Row& row, State& st
 #pragma unroll
     for (int i = 0; i < 2; ++i) factor[m][i] = __shfl_sync(~0u, scale, (lane & ~3) | (2 * m + i));
   constexpr int rows = 16 * kM;
+  __syncwarp();  // nobody reads the tile's rows of this warp any more
   store_tile<kHeadDim>(tile, state.out, factor, warp * rows, 0, lane);
   __syncwarp();
   char* out = static_cast<char*>(p.out.data) +

@@ -80,6 +80,19 @@ ATTENTION_DEVICE void mma(float (&c)[4], const Quad& a, unsigned b0, unsigned b1
       : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kStoresMatrices = !kExact;
+// Four 8x8 matrices to shared memory; the row at `address` is that of load_matrix.
+ATTENTION_DEVICE void store_matrix(unsigned address, const Quad& a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a.x[0]),
+               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
+               : "memory");
+}
+#else
+constexpr bool kStoresMatrices = false;
+ATTENTION_DEVICE void store_matrix(unsigned, const Quad&) {}
+#endif
+
 // Two floats rounded to Element, the first in the low half.
 ATTENTION_DEVICE unsigned pack(float low, float high) {
   unsigned r;
@@ -89,6 +102,11 @@ ATTENTION_DEVICE unsigned pack(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
 #endif
   return r;
+}
+// Two neighbouring 16x8 pieces of an accumulator as one 16x16 piece of a left operand.
+ATTENTION_DEVICE Quad pack(const float (&left)[4], const float (&right)[4]) {
+  return {
+      {pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]), pack(right[2], right[3])}};
 }
 ATTENTION_DEVICE void unpack(unsigned x, float& low, float& high) {
 #if ATTENTION_DTYPE == 1
@@ -301,9 +319,7 @@ ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m
       prepare(k);
       Quad x[m_tiles];
 #pragma unroll
-      for (int m = 0; m < m_tiles; ++m)
-        x[m] = {{pack(p[m][k][0], p[m][k][1]), pack(p[m][k][2], p[m][k][3]),
-                 pack(p[m][k + 1][0], p[m][k + 1][1]), pack(p[m][k + 1][2], p[m][k + 1][3])}};
+      for (int m = 0; m < m_tiles; ++m) x[m] = pack(p[m][k], p[m][k + 1]);
 #pragma unroll
       for (int n = 0; n < n_tiles; n += 2) {
         const Quad y = load_matrix_trans(b_line.at(8 * k, b_column / 8 + n));

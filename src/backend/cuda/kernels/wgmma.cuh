@@ -9,7 +9,7 @@
 // A product runs while its warps go on: what it reads and writes must not be touched until its group has been
 // waited for (wgmma_wait), and registers are named to keep() then.
 #pragma once
-#include "mma.cuh"
+#include "mbarrier.cuh"
 
 namespace flexchat::cuda {
 
@@ -193,9 +193,7 @@ ATTENTION_DEVICE void wgmma(float (&c)[16][4], const Quad& a, unsigned long long
 template <int n>
 ATTENTION_DEVICE void round_to_operand(Quad (&to)[n / 2], const float (&x)[n][4]) {
 #pragma unroll
-  for (int k = 0; k < n / 2; ++k)
-    to[k] = {{pack(x[2 * k][0], x[2 * k][1]), pack(x[2 * k][2], x[2 * k][3]),
-              pack(x[2 * k + 1][0], x[2 * k + 1][1]), pack(x[2 * k + 1][2], x[2 * k + 1][3])}};
+  for (int k = 0; k < n / 2; ++k) to[k] = pack(x[2 * k], x[2 * k + 1]);
 }
 
 // Before the first product after other instructions wrote its registers.
@@ -247,34 +245,6 @@ ATTENTION_DEVICE void store_shared4(unsigned address, const float (&x)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]),
                "f"(x[3])
                : "memory");
-}
-
-// Four 8x8 matrices to shared memory; the row at `address` is that of load_matrix.
-ATTENTION_DEVICE void store_matrix(unsigned address, const Quad& a) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a.x[0]),
-               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
-               : "memory");
-}
-
-// Barriers in shared memory, 8 bytes each: a phase ends when `count` arrivals have come; waiting for the
-// phase of parity 0, then 1, then 0...
-ATTENTION_DEVICE void barrier_init(unsigned barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-ATTENTION_DEVICE void barrier_arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives when the copies (copy_async) that this thread has started are done.
-ATTENTION_DEVICE void barrier_arrive_after_copies(unsigned barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-ATTENTION_DEVICE void barrier_wait(unsigned barrier, unsigned parity) {
-  asm volatile(
-      "{ .reg .pred p;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra again; }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
 }
 
 // Registers go from warpgroups that need few to those that need many.
