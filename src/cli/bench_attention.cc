@@ -232,32 +232,41 @@ std::vector<Row> time_attention(Backend& backend, const AttentionShape& s,
 
 // ---- first use ------------------------------------------------------------------------------------------
 
-// An expression that no cache has seen: causal with a window, and the score mod of the Synaptic GPT without
-// its captured tensors, all with constants of their own.
-AttentionSpec fresh_spec(const AttentionShape& s, uint64_t seed) {
+// Causal with a window, and the score mod of the Synaptic GPT without its captured tensors. Every `form` is
+// an expression that no cache has seen, for it has a factor of its own; that is a number for each head, so
+// that all forms are equally dear to compile. `constants` change numbers and nothing else.
+AttentionSpec fresh_spec(const AttentionShape& s, uint64_t form, int64_t constants) {
   const auto v = flex::variables();
-  const double unique = static_cast<double>(seed % (uint64_t{1} << 40)) * 0x1p-60;
+  flex::Expr own = 1.0 * v.h;
+  for (int digit = 0; digit < 12; ++digit, form /= 4) {
+    own = form % 4 == 0   ? flex::tanh(own + v.h)
+          : form % 4 == 1 ? flex::sigmoid(own - v.n_q)
+          : form % 4 == 2 ? flex::abs(own - 0.5 * v.n_kv)
+                          : flex::min(own, flex::sqrt(1.0 * v.n_q));
+  }
+  const double k = 0.1 + 1e-3 * static_cast<double>(constants);
   AttentionSpec spec;
   spec.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
-  spec.mask = flex::causal() && flex::window(static_cast<int64_t>(512 + seed % 1024));
-  spec.score_mod = v.score + flex::log((0.5 + unique) * flex::sigmoid(v.score) + 1e-6) -
-                   (0.1 + unique) * flex::abs(v.q - v.kv) / v.n_kv;
+  spec.mask = flex::causal() && flex::window(512 + constants);
+  spec.score_mod = v.score + flex::log(5 * k * flex::sigmoid(v.score) + 1e-6) -
+                   k * flex::tanh(own) * flex::abs(v.q - v.kv) / v.n_kv;
   return spec;
 }
 
 struct FirstUse {
-  double forward_ms = 0, training_ms = 0;  // medians over expressions
+  double forward_ms = 0, training_ms = 0, constants_ms = 0;  // medians over expressions
   JitCounters from;
 };
 
-// From an expression to its first result on the device: a forward alone, and forward and backward.
+// From an expression to its first result on the device: a forward alone, forward and backward, and a forward
+// of an expression that differs from one before in its constants.
 FirstUse time_first_use(Backend& backend, const AttentionShape& s, DType dtype, const std::string& kernel,
                         uint64_t seed, int64_t expressions) {
   const Operands operands(backend, s, dtype);
-  const auto once = [&](uint64_t of, bool training) {
+  const auto once = [&](uint64_t form, bool training, int64_t constants) {
     wait_for_jit();  // what the last expression may need later is of no concern to this one
     const auto start = std::chrono::steady_clock::now();
-    const auto plan = backend.plan_attention(s, fresh_spec(s, of), kernel);
+    const auto plan = backend.plan_attention(s, fresh_spec(s, form, constants), kernel);
     backend.attention(*plan, operands.tensors(training));
     if (training) backend.attention_backward(*plan, operands.tensors(true), operands.gradients());
     backend.synchronize();
@@ -268,14 +277,17 @@ FirstUse time_first_use(Backend& backend, const AttentionShape& s, DType dtype, 
     return ms[ms.size() / 2];
   };
   const JitCounters before = jit_counters();
-  std::vector<double> forward, training;
+  std::vector<double> forward, training, constants;
   for (int64_t i = 0; i < expressions; ++i) {
-    forward.push_back(once(seed + static_cast<uint64_t>(2 * i), false));
-    training.push_back(once(seed + static_cast<uint64_t>(2 * i + 1), true));
+    const uint64_t form = seed + static_cast<uint64_t>(2 * i);
+    forward.push_back(once(form, false, 0));
+    constants.push_back(once(form, false, 1));
+    training.push_back(once(form + 1, true, 0));
   }
   const JitCounters after = jit_counters();
   return {median(forward),
           median(training),
+          median(constants),
           {after.compiles - before.compiles, after.disk_hits - before.disk_hits,
            after.embedded_hits - before.embedded_hits, after.memory_hits - before.memory_hits}};
 }
@@ -317,7 +329,7 @@ struct AttentionBench {
 int AttentionBench::run_first_use(Backend& backend, Json summary) const {
   const uint64_t seed = first_use_seed ? static_cast<uint64_t>(*first_use_seed) : std::random_device{}();
   Json rows = Json::array();
-  Table table({"shape", "dtype", "forward ms", "training ms", "compiled", "from disk"});
+  Table table({"shape", "dtype", "forward ms", "training ms", "new constants ms", "compiled", "from disk"});
   for (const std::string& text : shapes) {
     const AttentionShape shape = parse_shape(text);
     check(shape.q_len == shape.kv_len, "--first-use trains as well: '{}' must have as many queries as keys",
@@ -325,12 +337,14 @@ int AttentionBench::run_first_use(Backend& backend, Json summary) const {
     const FirstUse r = time_first_use(backend, shape, compute.compute_dtype(), kernel, seed, first_use);
     const std::string dtype(dtype_name(compute.compute_dtype()));
     table.row({text, dtype, fmt::format("{:.1f}", r.forward_ms), fmt::format("{:.1f}", r.training_ms),
-               fmt::format("{}", r.from.compiles), fmt::format("{}", r.from.disk_hits)});
+               fmt::format("{:.1f}", r.constants_ms), fmt::format("{}", r.from.compiles),
+               fmt::format("{}", r.from.disk_hits)});
     rows.push_back({{"shape", text},
                     {"dtype", dtype},
                     {"expressions", first_use},
                     {"first_forward_ms", r.forward_ms},
                     {"first_training_ms", r.training_ms},
+                    {"new_constants_ms", r.constants_ms},
                     {"compiles", r.from.compiles},
                     {"disk_hits", r.from.disk_hits}});
   }

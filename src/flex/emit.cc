@@ -147,6 +147,9 @@ class Emitter {
   explicit Emitter(const std::vector<Expr>& results) : program_(results) { analyse(); }
 
   const std::vector<Capture>& captures() const { return program_.captures; }
+  // When everything is printed.
+  const std::vector<float>& numbers() const { return numbers_; }
+  const std::vector<int32_t>& integers() const { return integers_; }
 
   // Statements that compute result `i` per element, indented by `indent`, the last of which returns it.
   std::string element_body(size_t i, const std::string& indent) {
@@ -291,12 +294,35 @@ class Emitter {
     return argument ? var_name(var) : fmt::format("c.{}", var_name(var));
   }
 
+  // Constants are data, so that another window or cap is the same text: entries of AttentionParams::numbers
+  // and integers, as long as there is room. Those that programs are made of stay in the text.
+  std::string number_constant(double value, double factor = 1) {
+    const double size = std::abs(value);
+    const bool plain = !std::isfinite(value) || size == 0 || size == 0.5 || size == 1 || size == 2;
+    const auto at = plain ? std::nullopt : entry(numbers_, static_cast<float>(value * factor));
+    return at ? fmt::format("c.p.numbers[{}]", *at) : number_literal(value * factor);
+  }
+  std::string integer_constant(double value) {
+    const auto at = std::abs(value) <= 2 ? std::nullopt : entry(integers_, static_cast<int32_t>(value));
+    return at ? fmt::format("c.p.integers[{}]", *at) : integer_literal(value);
+  }
+  template <class T>
+  static std::optional<size_t> entry(std::vector<T>& constants, T value) {
+    const auto found = std::find(constants.begin(), constants.end(), value);
+    const auto at = static_cast<size_t>(found - constants.begin());
+    if (found == constants.end()) {
+      if (at == max_emitted_constants) return std::nullopt;
+      constants.push_back(value);
+    }
+    return at;
+  }
+
   // The text that names instruction i in its own type; prints what it needs first.
   std::string value(Scope& scope, int i) {
     const Instruction& in = code(i);
     if (in.op == Op::constant) {
       if (in.type == Type::boolean) return in.value != 0 ? "true" : "false";
-      return in.type == Type::integer ? integer_literal(in.value) : number_literal(in.value);
+      return in.type == Type::integer ? integer_constant(in.value) : number_constant(in.value);
     }
     if (in.op == Op::variable) return variable(in.var);
     if (scope.hoists && level(i) != scope.level && kept(i)) {
@@ -315,7 +341,7 @@ class Emitter {
   std::string number(Scope& scope, int i) {
     const Instruction& in = code(i);
     if (in.type == Type::number) return value(scope, i);
-    if (in.op == Op::constant) return number_literal(in.value);
+    if (in.op == Op::constant) return number_constant(in.value);
     if (scope.hoists && level(i) != scope.level) {
       fields(level(i)).numbers.insert(i);
       return fmt::format("{}.f{}", owner(level(i)), i);
@@ -365,7 +391,7 @@ class Emitter {
   std::string base2(Scope& scope, int i) {
     constexpr double log2e = 1.4426950408889634;
     const Instruction& in = code(i);
-    if (in.op == Op::constant) return number_literal(in.value * log2e);
+    if (in.op == Op::constant) return number_constant(in.value, log2e);
     if (in.op == Op::variable && in.var == Var::score) return "score2";
     if (level(i) != scope.level) {
       fields(level(i)).scaled.insert(i);
@@ -501,7 +527,8 @@ class Emitter {
     fail("'{}' is a leaf, not an operator", op_name(in.op));
   }
 
-  // Powers of two become shifts and masks, which round towards minus infinity by themselves.
+  // Powers of two become shifts and masks, which round towards minus infinity by themselves; other constant
+  // divisors stay in the text, for dividing by what the compiler knows is cheap.
   std::string integer_division(Scope& scope, const Instruction& in) {
     const Instruction& divisor = code(in.args[1]);
     const std::string x = value(scope, in.args[0]);
@@ -512,8 +539,9 @@ class Emitter {
                                       : fmt::format("{} & {}", x, integer_literal(divisor.value - 1));
       }
     }
-    return fmt::format("{}({}, {})", in.op == Op::floor_div ? "mod_floor_div" : "mod_floor_mod", x,
-                       value(scope, in.args[1]));
+    return fmt::format(
+        "{}({}, {})", in.op == Op::floor_div ? "mod_floor_div" : "mod_floor_mod", x,
+        divisor.op == Op::constant ? integer_literal(divisor.value) : value(scope, in.args[1]));
   }
 
   std::string comparison(Scope& scope, const Instruction& in) {
@@ -546,6 +574,8 @@ class Emitter {
   std::vector<Range> ranges_;
   std::vector<bool> convertible_;
   std::array<Fields, 3> fields_;  // by Level
+  std::vector<float> numbers_;
+  std::vector<int32_t> integers_;
 };
 
 // ---- the section ----------------------------------------------------------------------------------------
@@ -627,6 +657,8 @@ EmittedMod emit_mod(const std::optional<Expr>& mask, const std::optional<Expr>& 
       "#define MOD_CAPTURE_GRAD_KINDS \"{}\"\n\nnamespace flexchat::cuda {{\n\n{}{}\n}}  // namespace "
       "flexchat::cuda\n",
       mask ? 1 : 0, score_mod ? 1 : 0, n, kinds, emitter.hoisted(), elements);
+  mod.numbers = emitter.numbers();
+  mod.integers = emitter.integers();
   return mod;
 }
 

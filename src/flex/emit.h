@@ -10,9 +10,11 @@
 //              admits no position beyond) and needs no conversion per element
 //
 // Invariants: the same expressions give the same text, which does not mention names of captured tensors,
-// their values or shapes; kernels are cached by it.
+// their values or shapes, nor constants but a few (0, 1, 2, 1/2, divisors of integers); kernels are cached by
+// it.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,10 +32,14 @@ struct EmittedGradient {
 struct EmittedMod {
   std::string text;
   std::vector<Capture> captures;  // entry i of AttentionParams::captures
+  std::vector<float> numbers;     // entry i of AttentionParams::numbers
+  std::vector<int32_t> integers;  // entry i of AttentionParams::integers
   std::vector<EmittedGradient> gradients;
 };
 
-constexpr int max_emitted_captures = 8;  // kMaxCaptures of backend/cuda/kernels/attention_params.cuh
+// kMaxCaptures and kMaxConstants of backend/cuda/kernels/attention_params.cuh.
+constexpr int max_emitted_captures = 8;
+constexpr size_t max_emitted_constants = 16;  // of numbers, and of integers; more stay in the text
 
 // Errors: as check_mask and check_score_mod; more captured tensors, or accesses of differentiable ones, than
 // max_emitted_captures; a differentiable one whose index depends on score.

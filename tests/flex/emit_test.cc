@@ -137,6 +137,15 @@ class Compiled {
   void* handle_ = nullptr;
 };
 
+// Parameters with the constants of a mod.
+AttentionParams constants_of(const EmittedMod& mod) {
+  static_assert(cuda::kMaxConstants == max_emitted_constants);
+  AttentionParams p{};
+  std::copy(mod.numbers.begin(), mod.numbers.end(), p.numbers);
+  std::copy(mod.integers.begin(), mod.integers.end(), p.integers);
+  return p;
+}
+
 bool has_compiler() { return std::system("c++ --version > /dev/null 2>&1") == 0; }
 
 // The program's meaning in f32: apply_op on f32 operands, rounded. (One rounding of a double sum, product,
@@ -254,7 +263,7 @@ struct Captured {
   std::vector<Capture> all() const { return {gain, bias, slope, doc}; }
 
   AttentionParams params(const EmittedMod& mod) const {
-    AttentionParams p{};
+    AttentionParams p = constants_of(mod);
     for (size_t i = 0; i < mod.captures.size(); ++i) {
       const Tensor& t = bindings.at(mod.captures[i]);
       p.captures[i].data = t.data();
@@ -468,6 +477,27 @@ TEST(Emit, TheTextDependsOnTheExpressionAlone) {
   EXPECT_EQ(emit_mod({}, {}).text, emit_mod({}, {}).text);
 }
 
+TEST(Emit, ConstantsAreData) {
+  const auto [score, b, h, q, kv, n_q, n_kv] = variables();
+  const auto mod = [&](int64_t width, double cap, double slope) {
+    return emit_mod(causal() && window(width), softcap(cap, score - slope * abs(q - kv) / n_kv));
+  };
+  const EmittedMod one = mod(100, 30, 0.1), other = mod(4096, 50, 0.7);
+  EXPECT_EQ(one.text, other.text);
+  EXPECT_EQ(one.integers, std::vector<int32_t>{100});
+  EXPECT_EQ(other.integers, std::vector<int32_t>{4096});
+  EXPECT_NE(one.numbers, other.numbers);
+  // These are the form of a mod rather than its constants.
+  EXPECT_TRUE(emit_mod(q - kv < 2, 0.5 * score + 1.0 / (2.0 - score)).numbers.empty());
+  EXPECT_NE(emit_mod(floor_div(q, 5) == kv, {}).text, emit_mod(floor_div(q, 7) == kv, {}).text);
+  // Without room the rest is spelled out.
+  Expr sum = score;
+  for (int i = 0; i < 40; ++i) sum = tanh(sum * (3.0 + i));
+  const EmittedMod many = emit_mod({}, sum);
+  EXPECT_EQ(many.numbers.size(), max_emitted_constants);
+  EXPECT_NE(many.text.find("0x1.5p+5f"), std::string::npos) << "42";
+}
+
 TEST(Emit, WhatDoesNotDependOnTheElementIsHoisted) {
   const auto [score, b, h, q, kv, n_q, n_kv] = variables();
   const Capture kf("kf", {Axis::b, Axis::h, Axis::kv}, Type::number, true),
@@ -497,8 +527,8 @@ TEST(Emit, IntegerDivisionRoundsDown) {
   for (const Expr& s : scores) mods.push_back(emit_mod({}, s));
   const Compiled compiled(mods);
   ASSERT_TRUE(compiled.ok());
-  const AttentionParams params{};
   for (size_t i = 0; i < scores.size(); ++i) {
+    const AttentionParams params = constants_of(mods[i]);
     Evaluator value({scores[i]}, {});
     for (Point x; x.q < 20; ++x.q) {
       for (x.kv = 0; x.kv < 20; ++x.kv) {
@@ -517,7 +547,7 @@ TEST(Emit, LargeIntegersAreSubtractedBeforeTheyAreRounded) {
   const Compiled compiled({mod});
   ASSERT_TRUE(compiled.ok());
   const int value = (1 << 24) + 1;
-  AttentionParams params{};
+  AttentionParams params = constants_of(mod);
   params.captures[0].data = &value;
   EXPECT_EQ(compiled.run(0, params, {.q = 1}).out[1], 16777216.0f);
 }

@@ -22,8 +22,10 @@ std::vector<NamedSection> sections() {
   const Capture ids("ids", {Axis::b, Axis::pos}, Type::integer), slope("slope", {Axis::h});
   return {{"plain causal or bidirectional", flex::emit_mod({}, {})},
           {"flex causal", flex::emit_mod(flex::causal(), {})},
+          {"causal window", flex::emit_mod(flex::causal() && flex::window(1024), {})},  // of any width
           {"document", flex::emit_mod(flex::causal() && flex::document(ids), {})},
-          {"ALiBi", flex::emit_mod(flex::causal(), flex::alibi(slope))}};
+          {"ALiBi", flex::emit_mod(flex::causal(), flex::alibi(slope))},
+          {"softcap", flex::emit_mod({}, flex::softcap(30))}};  // of any size
 }
 
 }  // namespace

@@ -138,7 +138,7 @@ CudaAttentionPlan::CudaAttentionPlan(CudaBackend& backend, const AttentionShape&
     : AttentionPlan(shape, spec), backend_(backend) {
   check_attention_support("cuda_mma", shape, spec);
   mod_ = prepare(spec);
-  static_assert(kMaxCaptures == flex::max_emitted_captures);
+  static_assert(kMaxCaptures == flex::max_emitted_captures && kMaxConstants == flex::max_emitted_constants);
   for (const flex::Capture& capture : mod().captures)
     captures_.push_back(upload_capture(backend, capture, spec.bindings.at(capture)));
   q_lens_ = upload_i32(backend, shape.q_lens);
@@ -176,6 +176,8 @@ AttentionParams CudaAttentionPlan::params() const {
       stride *= x.dim(axis);
     }
   }
+  std::copy(mod().numbers.begin(), mod().numbers.end(), p.numbers);
+  std::copy(mod().integers.begin(), mod().integers.end(), p.integers);
   if (spec().dropout > 0) {
     p.dropout_threshold = static_cast<unsigned>(spec().dropout * 0x1p32);
     // As the definition has it: dropped iff bits < dropout * 2^32, a number that need not be whole.

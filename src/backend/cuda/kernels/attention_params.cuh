@@ -1,11 +1,12 @@
 // The runtime data of one attention launch: one plain struct that the host fills and every attention kernel
 // takes by value. Shapes, lengths, strides, masks, pages and captured tensors are all here, so that nothing
-// but dtype, head dim and mod is compiled in. Read by g++, nvcc and NVRTC: it includes nothing.
+// but dtype, head dim and the form of the mod is compiled in. Read by g++, nvcc and NVRTC: it includes
+// nothing.
 #pragma once
 
 namespace flexchat::cuda {
 
-constexpr int kMaxCaptures = 8, kMaxCaptureAxes = 4;
+constexpr int kMaxCaptures = 8, kMaxCaptureAxes = 4, kMaxConstants = 16;
 
 // (B, T, heads, D) with D contiguous; strides in elements. With pages `batch` is the stride of a page.
 struct AttentionView {
@@ -42,6 +43,8 @@ struct AttentionParams {
   AttentionBlocks blocks;      // of query tiles: key tiles to visit
   AttentionBlocks transposed;  // of key tiles: query tiles to visit (backward)
   AttentionCapture captures[kMaxCaptures];
+  float numbers[kMaxConstants];  // constants of the mod
+  int integers[kMaxConstants];
   unsigned dropout_threshold;  // a weight whose bits are below it is dropped; 0: no dropout
   float dropout_scale;         // 1 / (1 - dropout)
   unsigned long long dropout_seed;
