@@ -248,7 +248,7 @@ AttentionSpec fresh_spec(const AttentionShape& s, uint64_t form, int64_t constan
   AttentionSpec spec;
   spec.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
   spec.mask = flex::causal() && flex::window(512 + constants);
-  spec.score_mod = v.score + flex::log(5 * k * flex::sigmoid(v.score) + 1e-6) -
+  spec.score_mod = v.score + flex::log(4 * k * flex::sigmoid(v.score) + 1e-6) -
                    k * flex::tanh(own) * flex::abs(v.q - v.kv) / v.n_kv;
   return spec;
 }
