@@ -93,8 +93,10 @@ sanitize() { # tool, dtype, options of verify...
 for dtype in f32 bf16 f16; do check "suite-$dtype" attention --suite --dtype "$dtype" --run-id "suite_$dtype"; done
 for dtype in f32 bf16 f16; do check "random-$dtype" random_cases "$dtype"; done
 if compgen -G '../shared/golden/classic_*.safetensors' >/dev/null; then
-  check golden "$program" verify golden --device cuda --runs "$out/runs" \
-    ../shared/golden/classic_*.safetensors ../shared/golden/modern_*.safetensors
+  golden=("$program" verify golden --device cuda --runs "$out/runs"
+    ../shared/golden/classic_*.safetensors ../shared/golden/modern_*.safetensors)
+  check golden "${golden[@]}"
+  check poison-golden poisoned "${golden[@]}"
 fi
 for name in ops optim backend models verify; do
   if [[ -x $tests/test_$name ]]; then check "test-$name" "$tests/test_$name"; fi

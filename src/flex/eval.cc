@@ -86,7 +86,7 @@ double Evaluator::rounded_sizes(const Point& point) {
     const bool exact = in.op == Op::constant || in.op == Op::variable || in.op == Op::capture ||
                        in.op == Op::neg || in.op == Op::abs || in.op == Op::min || in.op == Op::max ||
                        in.op == Op::where;
-    if (in.type == Type::number && !exact) sum += std::abs(values_[i]);
+    if (in.type == Type::number && !exact && std::isfinite(values_[i])) sum += std::abs(values_[i]);
   }
   return sum;
 }

@@ -25,7 +25,8 @@ class Evaluator {
   // captured tensor. Not thread-safe: one Evaluator per thread.
   double operator()(const Point& point);
   std::vector<double> all(const Point& point);
-  // The sum of the sizes of all results that a float rounds: numbers that arithmetic or a function gives.
+  // The sum of the sizes of all results that a float rounds: numbers that arithmetic or a function gives,
+  // infinities aside.
   double rounded_sizes(const Point& point);
 
  private:

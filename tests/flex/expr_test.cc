@@ -38,6 +38,7 @@ TEST(Evaluator, SizesOfWhatAFloatRounds) {
   EXPECT_EQ(sizes(where(kv <= q, score, -abs(min(score, 0.0)))), 0) << "these round nothing";
   EXPECT_EQ(sizes(q - kv), 0) << "an integer";
   EXPECT_EQ(sizes(score - 0.5 * (q - kv)), 5 + 8);
+  EXPECT_EQ(sizes(max(log(0.0 * q), score)), 0) << "an infinity, from which nothing follows";
 }
 
 TEST(Expr, EqualExpressionsAreOneNode) {

@@ -19,8 +19,8 @@
 // row: offset <= q < offset + n_q, 0 <= kv < n_kv; spec.check() has made sure that no index leaves its tensor
 // there. Comparisons and boolean results are C++ bool; integers are int; numbers are float. Capture i is the
 // i-th of the section's own numbering; the host fills p.captures in that order. So it does p.numbers and
-// p.integers, the constants of the mod, which a section reads from there; the example spells
-// them out, to be read.
+// p.integers, the constants of the mod, which a section reads from there; the example spells them out, to be
+// read.
 //
 // Integers become floats on the unit that also does exp and log, at a quarter of the rate: where an integer
 // expression is linear in q and kv and is used as a number, hoist static_cast<float>(q) and
