@@ -78,7 +78,7 @@ build() { # preset, ninja targets...
 run_tests() { # preset, wrapper words...
   local preset=$1
   shift
-  "$@" ctest --preset "$preset" --no-tests=error 2>&1 | tee "build/$preset/ctest.log"
+  "$@" ctest --preset "$preset" -j "$(nproc)" --no-tests=error 2>&1 | tee "build/$preset/ctest.log"
 }
 
 verify_golden() {

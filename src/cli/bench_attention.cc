@@ -233,16 +233,17 @@ std::vector<Row> time_attention(Backend& backend, const AttentionShape& s,
 // ---- first use ------------------------------------------------------------------------------------------
 
 // Causal with a window, and the score mod of the Synaptic GPT without its captured tensors. Every `form` is
-// an expression that no cache has seen, for it has a factor of its own; that is a number for each head, so
-// that all forms are equally dear to compile. `constants` change numbers and nothing else.
+// an expression that no cache has seen, for it has a factor of its own; that is a number for each head made
+// of additions and the like, so that all forms cost the same to compile, and their factor little. `constants`
+// change numbers and nothing else.
 AttentionSpec fresh_spec(const AttentionShape& s, uint64_t form, int64_t constants) {
   const auto v = flex::variables();
   flex::Expr own = 1.0 * v.h;
   for (int digit = 0; digit < 12; ++digit, form /= 4) {
-    own = form % 4 == 0   ? flex::tanh(own + v.h)
-          : form % 4 == 1 ? flex::sigmoid(own - v.n_q)
-          : form % 4 == 2 ? flex::abs(own - 0.5 * v.n_kv)
-                          : flex::min(own, flex::sqrt(1.0 * v.n_q));
+    own = form % 4 == 0   ? own + v.h
+          : form % 4 == 1 ? v.n_q - own
+          : form % 4 == 2 ? flex::abs(own - v.n_kv)
+                          : flex::min(own, 1.0 * v.n_q) - v.h;
   }
   const double k = 0.1 + 1e-3 * static_cast<double>(constants);
   AttentionSpec spec;

@@ -151,6 +151,21 @@ class Emitter {
   const std::vector<float>& numbers() const { return numbers_; }
   const std::vector<int32_t>& integers() const { return integers_; }
 
+  // How often result `i` needs the unit of exp, log and divisions for an element, roughly.
+  int functions(size_t i) const {
+    std::vector<bool> needed(program_.code.size());
+    needed[static_cast<size_t>(program_.roots[i])] = true;
+    int n = 0;
+    for (size_t k = program_.code.size(); k-- > 0;) {
+      const Instruction& in = program_.code[k];
+      if (!needed[k] || level(static_cast<int>(k)) != Level::element) continue;
+      n += functions(in.op);
+      for (size_t a = 0; a < static_cast<size_t>(in.n_args); ++a)
+        needed[static_cast<size_t>(in.args[a])] = true;
+    }
+    return n;
+  }
+
   // Statements that compute result `i` per element, indented by `indent`, the last of which returns it.
   std::string element_body(size_t i, const std::string& indent) {
     Scope scope{Level::element, true, indent, {}, {}, {}, {}};
@@ -281,6 +296,26 @@ class Emitter {
         return free(1) && free(2);
       default:
         return false;
+    }
+  }
+
+  static int functions(Op op) {
+    switch (op) {
+      case Op::exp:
+      case Op::log:
+      case Op::sqrt:
+      case Op::div:
+        return 1;
+      case Op::sigmoid:
+      case Op::tanh:
+        return 2;
+      case Op::softplus:
+      case Op::pow:
+      case Op::floor_div:
+      case Op::mod:
+        return 4;
+      default:
+        return 0;
     }
   }
 
@@ -652,11 +687,13 @@ EmittedMod emit_mod(const std::optional<Expr>& mask, const std::optional<Expr>& 
       "MOD_DEVICE long long mod_capture_index(int i, const ModContext& c, int q, int kv) {\n" +
       cases(n, "0", [&](size_t i) { return emitter.index_body(3 + n + i, "    "); }) + "}\n";
 
+  mod.dear = emitter.functions(1) > 2;
   mod.text = fmt::format(
-      "#define MOD_HAS_MASK {}\n#define MOD_HAS_SCORE {}\n#define MOD_N_CAPTURE_GRADS {}\n"
-      "#define MOD_CAPTURE_GRAD_KINDS \"{}\"\n\nnamespace flexchat::cuda {{\n\n{}{}\n}}  // namespace "
+      "#define MOD_HAS_MASK {}\n#define MOD_HAS_SCORE {}\n#define MOD_IS_DEAR {}\n"
+      "#define MOD_N_CAPTURE_GRADS {}\n#define MOD_CAPTURE_GRAD_KINDS \"{}\"\n\nnamespace flexchat::cuda "
+      "{{\n\n{}{}\n}}  // namespace "
       "flexchat::cuda\n",
-      mask ? 1 : 0, score_mod ? 1 : 0, n, kinds, emitter.hoisted(), elements);
+      mask ? 1 : 0, score_mod ? 1 : 0, mod.dear ? 1 : 0, n, kinds, emitter.hoisted(), elements);
   mod.numbers = emitter.numbers();
   mod.integers = emitter.integers();
   return mod;

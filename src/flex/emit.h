@@ -35,6 +35,7 @@ struct EmittedMod {
   std::vector<float> numbers;     // entry i of AttentionParams::numbers
   std::vector<int32_t> integers;  // entry i of AttentionParams::integers
   std::vector<EmittedGradient> gradients;
+  bool dear = false;  // MOD_IS_DEAR
 };
 
 // kMaxCaptures and kMaxConstants of backend/cuda/kernels/attention_params.cuh.

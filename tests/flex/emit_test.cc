@@ -70,6 +70,7 @@ extern "C" void run_SECTION(const AttentionParams* p, const int* at, float score
 }
 #undef MOD_HAS_MASK
 #undef MOD_HAS_SCORE
+#undef MOD_IS_DEAR
 #undef MOD_N_CAPTURE_GRADS
 #undef MOD_CAPTURE_GRAD_KINDS
 )";
@@ -496,6 +497,17 @@ TEST(Emit, ConstantsAreData) {
   const EmittedMod many = emit_mod({}, sum);
   EXPECT_EQ(many.numbers.size(), max_emitted_constants);
   EXPECT_NE(many.text.find("0x1.5p+5f"), std::string::npos) << "42";
+}
+
+TEST(Emit, ModsAreDearFromThreeFunctionsAnElementOn) {
+  const Variables v = variables();
+  const auto dear = [](const Expr& score) { return emit_mod({}, score).dear; };
+  EXPECT_FALSE(emit_mod(causal(), {}).dear);
+  EXPECT_FALSE(dear(softcap(30)));                                      // tanh, by a constant
+  EXPECT_FALSE(dear(v.score / exp(1.0 * v.h) / exp(tanh(1.0 * v.q))));  // before an element is known
+  EXPECT_FALSE(dear(exp(v.score) + log(exp(v.score))));                 // exp(score) is computed once
+  EXPECT_TRUE(dear(log(sigmoid(v.score))));
+  EXPECT_TRUE(dear(v.score + 1.0 * ((v.q - v.kv) % 3)));
 }
 
 TEST(Emit, WhatDoesNotDependOnTheElementIsHoisted) {

@@ -150,14 +150,15 @@ void run_forward(CudaBackend& backend, const CudaAttentionPlan& plan, DType dtyp
   const int type = kernel_dtype(dtype), d = static_cast<int>(s.head_dim);
   Context& context = backend.context();
   const int major = context.device().major;
-  const ForwardTile tile = forward_tile(type, d, major == 9);
+  const bool dear = plan.mod().dear;
+  const ForwardTile tile = forward_tile(type, d, major == 9, dear);
   p.blocks = plan.blocks(tile.block_q(), tile.block_kv, false);
   const bool paged = p.block_table != nullptr, training = p.lse != nullptr && !paged;
   launch(context, plan.kernel(context, "forward", dtype, paged, "attention_forward", training),
          attention_work(plan, dtype, 2, 2),
          dim3(blocks(s.q_len, tile.block_q()) * blocks(s.batch * s.n_head)),
          dim3(static_cast<unsigned>(tile.block_threads())),
-         static_cast<size_t>(forward_shared_bytes(type, d, major)), p);
+         static_cast<size_t>(forward_shared_bytes(type, d, major, dear)), p);
 }
 
 // Scratch and results of captured tensors' gradients.

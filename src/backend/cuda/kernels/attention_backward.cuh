@@ -180,16 +180,42 @@ ATTENTION_DEVICE void drop(const AttentionParams& p, const Row& row, float (&x)[
       }
 }
 
+// Of a thread's elements [m][n][e], those that lengths or the mask hide, as bits 4 * (kM * n + m) + e.
+static_assert(4 * kM * kN <= 32);
+ATTENTION_DEVICE unsigned hidden_elements(const AttentionParams& p, const Row& row, const Keys& keys, int q0,
+                                          int kv_warp, int lane) {
+  const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
+  unsigned hidden = 0;
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int q = row.offset + min(q0 + 8 * n + 2 * (lane % 4) + e, row.n_q - 1);
+      const ModQ mod = mod_q(context, keys.head, q);
+      const KeyRange range = key_range(p, row, q);
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = kv_warp + 16 * m + 8 * i + lane / 4;
+          const bool seen = key >= range.first && key < range.end &&
+                            mod_mask(context, keys.head, mod, keys.mod[m][i], q, min(key, row.n_kv - 1));
+          if (!seen) hidden |= 1u << (4 * (kM * n + m) + 2 * i + e);
+        }
+    }
+  return hidden;
+}
+
 // s (raw products) becomes the weights, dp (dO V^T) becomes dS; both are (keys, queries). q0: the first query
-// of this step of kStep queries, at row in_tile of the tile. Hidden elements are looked for only if `masked`.
+// of this step of kStep queries, at row in_tile of the tile. hidden: as above, if `masked`.
 template <bool masked>
 ATTENTION_DEVICE void elementwise(const AttentionParams& p, const Row& row, unsigned sum_tile, Keys& keys,
-                                  float (&s)[kM][kN][4], float (&dp)[kM][kN][4], unsigned stats, int q0,
-                                  int in_tile, int kv_warp, bool counts, int warp, int lane) {
+                                  float (&s)[kM][kN][4], float (&dp)[kM][kN][4], unsigned hidden,
+                                  unsigned stats, int q0, int in_tile, int kv_warp, bool counts, int warp,
+                                  int lane) {
   const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
   const float unit = MOD_HAS_SCORE ? kLog2e : p.scale * kLog2e;
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
+  const auto piece = [&](int n, int at) {
     const int column = 8 * n + 2 * (lane % 4);
     const float2 lses = load_shared2(stats + (in_tile + column) * 4);
     const float2 deltas = load_shared2(stats + (kBlockQ + in_tile + column) * 4);
@@ -198,24 +224,19 @@ ATTENTION_DEVICE void elementwise(const AttentionParams& p, const Row& row, unsi
       const float lse = e ? lses.y : lses.x, delta = e ? deltas.y : deltas.x;
       const int q = row.offset + min(q0 + column + e, row.n_q - 1);
       const ModQ mod = mod_q(context, keys.head, q);
-      const KeyRange range = key_range(p, row, q);
       float sums[kGrads > 0 ? kGrads : 1] = {};
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int key = kv_warp + 16 * m + 8 * i + lane / 4, inside = min(key, row.n_kv - 1);
-          float& w = s[m][n][2 * i + e];
-          float& d = dp[m][n][2 * i + e];
+          const int inside = min(kv_warp + 16 * m + 8 * i + lane / 4, row.n_kv - 1);
+          float& w = s[m][at][2 * i + e];
+          float& d = dp[m][at][2 * i + e];
           const float score = w * p.scale;
           const float changed =
               MOD_HAS_SCORE ? mod_score(context, keys.head, mod, keys.mod[m][i], score, q, inside) : w;
           w = exp2_fast(fmaf(changed, unit, -lse));
-          if (masked) {
-            const bool seen = key >= range.first && key < range.end &&
-                              mod_mask(context, keys.head, mod, keys.mod[m][i], q, inside);
-            if (!seen) w = 0;
-          }
+          if (masked && (hidden >> (4 * (kM * n + m) + 2 * i + e) & 1)) w = 0;
           d = w * (d - delta);
           if (MOD_HAS_SCORE) {
             // A weight of zero has no gradient, even where the mod's slope is infinite.
@@ -243,7 +264,18 @@ ATTENTION_DEVICE void elementwise(const AttentionParams& p, const Row& row, unsi
           if (lane < 4) store_shared(to, __float_as_uint(counts ? x : 0.0f));
         }
     }
-  }
+  };
+  for_each_piece<kRolledMods>(piece, s, dp);
+}
+// The same, whatever is hidden. Score mods are long: there is one copy of theirs.
+ATTENTION_DEVICE void elementwise(bool partial, const AttentionParams& p, const Row& row, unsigned sum_tile,
+                                  Keys& keys, float (&s)[kM][kN][4], float (&dp)[kM][kN][4], unsigned stats,
+                                  int q0, int in_tile, int kv_warp, bool counts, int warp, int lane) {
+  const unsigned hidden = partial ? hidden_elements(p, row, keys, q0, kv_warp, lane) : 0;
+  if (MOD_HAS_SCORE || partial)
+    elementwise<true>(p, row, sum_tile, keys, s, dp, hidden, stats, q0, in_tile, kv_warp, counts, warp, lane);
+  else
+    elementwise<false>(p, row, sum_tile, keys, s, dp, 0, stats, q0, in_tile, kv_warp, counts, warp, lane);
 }
 
 ATTENTION_DEVICE int load_acquire(const int* p) {
@@ -507,12 +539,8 @@ extern "C" __global__ void __launch_bounds__(backward::kThreads, backward::kTile
       product_nt<kHeadDim>(s, shared.k, key_row, q_tile, mine, lane);
       product_nt<kHeadDim>(dp, shared.v, key_row, dout_tile, mine, lane);
       if (ATTENTION_DROPOUT) drop(p, row, dp, q0 + mine, kv_warp, lane);
-      if (partial)
-        elementwise<true>(p, row, sum_tile, keys, s, dp, stats, q0 + mine, mine, kv_warp, part == 0, warp,
-                          lane);
-      else
-        elementwise<false>(p, row, sum_tile, keys, s, dp, stats, q0 + mine, mine, kv_warp, part == 0, warp,
-                           lane);
+      elementwise(partial, p, row, sum_tile, keys, s, dp, stats, q0 + mine, mine, kv_warp, part == 0, warp,
+                  lane);
       if (ATTENTION_DROPOUT) drop(p, row, s, q0 + mine, kv_warp, lane);
       const unsigned ds_tile = shared.ds + stage * kDsBytes;
       if (kPaired || part == 0) store_ds(ds_tile, dp, key_row, mine, lane);

@@ -144,39 +144,23 @@ ATTENTION_DEVICE void add_steps(const AttentionParams& p, const Shared& shared, 
 
 // c = A B^T over the head dim: 64 rows of a tile of keys, 64 of a tile of queries.
 ATTENTION_DEVICE void product_of_rows(float (&c)[8][4], unsigned a, unsigned b) {
-#pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {
-    const auto x = descriptor(a + k / 4 * KeyTile::panel_bytes + k % 4 * 32, 0),
-               y = descriptor(b + k / 4 * QueryTile::panel_bytes + k % 4 * 32, 0);
-    if (k == 0)
-      wgmma<false, false>(c, x, y);
-    else
-      wgmma<true, false>(c, x, y);
-  }
+  wgmma_rows<KeyTile::panel_bytes, QueryTile::panel_bytes>(c, descriptor(a, 0), descriptor(b, 0));
 }
 // c += A B over the queries of a tile: A from registers, B the tile.
 ATTENTION_DEVICE void add_product(float (&c)[kD][4], const Quad (&a)[kN / 2], unsigned b) {
-#pragma unroll
-  for (int k = 0; k < kN / 2; ++k) wgmma(c, a[k], descriptor(b + k * 16 * 128, QueryTile::panel_bytes));
+  wgmma_add(c, a, descriptor(b, QueryTile::panel_bytes));
 }
 // dQ = dS K over the keys of the block, half of the columns.
 ATTENTION_DEVICE void product_dq(float (&c)[kDqN][4], unsigned ds, unsigned k_tile, int group) {
   const unsigned column = kHeadDim == 128 ? group * KeyTile::panel_bytes : group * 64;
-#pragma unroll
-  for (int k = 0; k < kBlockKv / 16; ++k) {
-    const auto x = descriptor(ds + k * 16 * 128, 0), y = descriptor(k_tile + column + k * 16 * 128, 0);
-    if (k == 0)
-      wgmma<false, true>(c, x, y);
-    else
-      wgmma<true, true>(c, x, y);
-  }
+  wgmma_columns(c, descriptor(ds, 0), descriptor(k_tile + column, 0));
 }
 
 // The two halves of elementwise() without score mod: s becomes the weights; dp becomes dS.
 template <bool masked>
 ATTENTION_DEVICE void weights(const AttentionParams& p, const Row& row, const Keys& keys, float (&s)[kN][4],
                               unsigned stats, int q0, int kv_warp, int lane) {
-  const ModContext context{p, row.b, row.h, row.n_q, row.n_kv};
+  const unsigned hidden = masked ? hidden_elements(p, row, keys, q0, kv_warp, lane) : 0;
   const float unit = p.scale * kLog2e;
   const int column = 2 * (lane % 4);
 #pragma unroll
@@ -185,15 +169,7 @@ ATTENTION_DEVICE void weights(const AttentionParams& p, const Row& row, const Ke
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       s[n][e] = exp2_fast(fmaf(s[n][e], unit, e % 2 ? -lse.y : -lse.x));
-      if (masked) {
-        const int q = row.offset + min(q0 + 8 * n + column + e % 2, row.n_q - 1);
-        const int key = kv_warp + 8 * (e / 2) + lane / 4;
-        const KeyRange range = key_range(p, row, q);
-        const bool seen = key >= range.first && key < range.end &&
-                          mod_mask(context, keys.head, mod_q(context, keys.head, q), keys.mod[0][e / 2], q,
-                                   min(key, row.n_kv - 1));
-        if (!seen) s[n][e] = 0;
-      }
+      if (masked && (hidden >> (4 * n + e) & 1)) s[n][e] = 0;
     }
   }
 }
@@ -273,10 +249,7 @@ ATTENTION_DEVICE void compute(const AttentionParams& p, const Shared& shared, in
       wgmma_wait<0>();
       keep(dp[0]);
       if (ATTENTION_DROPOUT) drop(p, row, dp, q0, kv_warp, lane);
-      if (item.partial)
-        elementwise<true>(p, row, sum_tile, keys, s, dp, stats, q0, 0, kv_warp, true, warp, lane);
-      else
-        elementwise<false>(p, row, sum_tile, keys, s, dp, stats, q0, 0, kv_warp, true, warp, lane);
+      elementwise(item.partial, p, row, sum_tile, keys, s, dp, stats, q0, 0, kv_warp, true, warp, lane);
       if (ATTENTION_DROPOUT) drop(p, row, s, q0, kv_warp, lane);
     }
     round_to_operand(weight, s[0]);

@@ -42,6 +42,9 @@ ATTENTION_DEVICE KeyRange key_range(const AttentionParams& p, const Row& row, in
   return r;
 }
 
+// Are there loops over scores with one copy of the mod's code (for_each_piece)? In f32 functions are long.
+constexpr bool kRolledMods = kExact && MOD_IS_DEAR;
+
 // A call with a mask expression has lists of tiles, and only such a call.
 constexpr bool kHasLists = MOD_HAS_MASK;
 

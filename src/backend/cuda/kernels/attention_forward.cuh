@@ -12,7 +12,7 @@ namespace flexchat::cuda {
 
 namespace forward {
 
-constexpr ForwardTile kTile = forward_tile(kDType, kHeadDim, kSm90a);
+constexpr ForwardTile kTile = forward_tile(kDType, kHeadDim, kSm90a, MOD_IS_DEAR);
 static_assert(kTile.wgmma == ATTENTION_WGMMA);  // else the kernel below
 constexpr int kBlockQ = kTile.block_q(), kBlockKv = kTile.block_kv, kThreads = kTile.threads();
 constexpr int kM = kTile.m_tiles, kN = kBlockKv / 8, kD = kHeadDim / 8;
@@ -43,29 +43,39 @@ ATTENTION_DEVICE TileWalk walk(const AttentionParams& p, const Row& row, int til
   return {nullptr, first, max(0, (end + kBlockKv - 1) / kBlockKv - first), {2 * first, 2 * first + 2}};
 }
 
+// Calls f(x, mod of its query, mod of its key, query, key) for every score x of a thread.
+template <class F>
+ATTENTION_DEVICE void for_each_score(const Row& row, const State& state, const Columns& columns,
+                                     float (&s)[kM][kN][4], int q_warp, int kv, int lane, const F& f) {
+  for_each_piece<kRolledMods>(
+      [&](int n, int at) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * n + 2 * (lane % 4) + e, key = min(kv + column, row.n_kv - 1);
+          const ModKv mod = columns.of(column);
+#pragma unroll
+          for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
+              f(s[m][at][2 * i + e], state.mod[m][i], mod, q, key);
+            }
+        }
+      },
+      s);
+}
+
 // s becomes the mod's score: in base 2, but in f32 as it is, for times log2(e) it would be rounded once more.
 ATTENTION_DEVICE void apply_mod(const AttentionParams& p, const Row& row, const ModContext& context,
                                 const ModHead& head, const State& state, const Columns& columns,
                                 float (&s)[kM][kN][4], int q_warp, int kv, int lane) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = 8 * n + 2 * (lane % 4) + e, key = min(kv + column, row.n_kv - 1);
-      const ModKv mod = columns.of(column);
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
-          const ModQ& mq = state.mod[m][i];
-          float& x = s[m][n][2 * i + e];
-          if (kExact)
-            x = mod_score(context, head, mq, mod, x * p.scale, q, key);
-          else
-            x = mod_score_base2(context, head, mq, mod, x * p.scale, x * (p.scale * kLog2e), q, key);
-        }
-    }
+  for_each_score(row, state, columns, s, q_warp, kv, lane,
+                 [&](float& x, const ModQ& mq, const ModKv& mkv, int q, int key) {
+                   if (kExact)
+                     x = mod_score(context, head, mq, mkv, x * p.scale, q, key);
+                   else
+                     x = mod_score_base2(context, head, mq, mkv, x * p.scale, x * (p.scale * kLog2e), q, key);
+                 });
 }
 
 ATTENTION_DEVICE void scale_scores(float (&s)[kM][kN][4], float factor) {
@@ -107,21 +117,10 @@ ATTENTION_DEVICE void apply_range(const AttentionParams& p, const Row& row, floa
 ATTENTION_DEVICE void apply_mask(const Row& row, const ModContext& context, const ModHead& head,
                                  const State& state, const Columns& columns, float (&s)[kM][kN][4],
                                  int q_warp, int kv, int lane) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = 8 * n + 2 * (lane % 4) + e, key = min(kv + column, row.n_kv - 1);
-      const ModKv mod = columns.of(column);
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int q = row.offset + min(q_warp + 16 * m + 8 * i + lane / 4, row.n_q - 1);
-          if (!mod_mask(context, head, state.mod[m][i], mod, q, key))
-            s[m][n][2 * i + e] = negative_infinity();
-        }
-    }
+  for_each_score(row, state, columns, s, q_warp, kv, lane,
+                 [&](float& x, const ModQ& mq, const ModKv& mkv, int q, int key) {
+                   if (!mod_mask(context, head, mq, mkv, q, key)) x = negative_infinity();
+                 });
 }
 
 // Raises the maxima where s has grown beyond them; sums and out follow. `unit` turns s into base 2.

@@ -185,6 +185,47 @@ ATTENTION_DEVICE void add_up(float (&acc)[m_tiles][n_tiles][4], const float (&pa
       for (int e = 0; e < 4; ++e) acc[m][n][e] += part[m][n][e];
 }
 
+// x[m][n] to x[m][n - 1]; the first is gone, the last stays.
+template <int m_tiles, int n_tiles>
+ATTENTION_DEVICE void shift(float (&x)[m_tiles][n_tiles][4]) {
+#pragma unroll
+  for (int n = 1; n < n_tiles; ++n)
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[m][n - 1][e] = x[m][n][e];
+}
+// The same, the first to the last.
+template <int m_tiles, int n_tiles>
+ATTENTION_DEVICE void rotate(float (&x)[m_tiles][n_tiles][4]) {
+  float first[m_tiles][4];
+#pragma unroll
+  for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) first[m][e] = x[m][0][e];
+  shift(x);
+#pragma unroll
+  for (int m = 0; m < m_tiles; ++m)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[m][n_tiles - 1][e] = first[m][e];
+}
+// Calls f(n, at) for n = 0 .. n_tiles - 1, the n-th pieces of accumulators being x[m][at]. rolled: there is
+// one copy of f's code, which compiles in a fraction of the time; accumulators move along under it.
+template <bool rolled, class F, int m_tiles, int n_tiles, class... More>
+ATTENTION_DEVICE void for_each_piece(const F& f, float (&x)[m_tiles][n_tiles][4], More&... more) {
+  if constexpr (rolled) {
+#pragma unroll 1
+    for (int n = 0; n < n_tiles; ++n) {
+      f(n, 0);
+      rotate(x);
+      (rotate(more), ...);
+    }
+  } else {
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n) f(n, n);
+  }
+}
+
 // f32: acc += x (8 columns of the left operand) times 8 rows of tile b from b_row on. The 8 are summed by
 // themselves: rounding errors grow with the length of a piece.
 template <int columns, int m_tiles, int n_tiles>
@@ -304,12 +345,7 @@ ATTENTION_DEVICE void product_rn(float (&acc)[m_tiles][n_tiles][4], float (&p)[m
           for (int i = 0; i < 2; ++i)
             x[k][m][i] = __shfl_sync(~0u, p[m][0][2 * i + k % 2], (lane & ~3) | (k / 2));
       add_rows<columns>(acc, x, b, b_row + k0, b_column, lane);
-#pragma unroll
-      for (int k = 1; k < k_tiles; ++k)
-#pragma unroll
-        for (int m = 0; m < m_tiles; ++m)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) p[m][k - 1][e] = p[m][k][e];
+      shift(p);
     }
   } else {
     static_assert(k_tiles % 2 == 0 && n_tiles % 2 == 0);

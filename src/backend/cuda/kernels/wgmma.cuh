@@ -79,57 +79,63 @@ ATTENTION_DEVICE unsigned long long descriptor(unsigned address, int panel_bytes
 #define WGMMA_C8(k) WGMMA_C4(k, 0), WGMMA_C4(k, 4)
 #define WGMMA_C16(k) WGMMA_C8(k), WGMMA_C4(k, 8), WGMMA_C4(k, 12)
 
-// c (64 x 8n f32) = or += A (64 x 16) B (16 x 8n), both in shared memory. Untransposed, their rows there are
-// those of A and of B^T (k contiguous); transposed, those of A^T and of B.
-template <bool add, bool transposed>
-ATTENTION_DEVICE void wgmma(float (&c)[8][4], unsigned long long a, unsigned long long b) {
-  if constexpr (add)
-    asm volatile(WGMMA(64) "{" WGMMA_32 "}, %32, %33, 1, 1, 1, %34, %34;"
-                 : WGMMA_C8("+f")
-                 : "l"(a), "l"(b), "n"(transposed));
-  else
-    asm volatile(WGMMA(64) "{" WGMMA_32 "}, %32, %33, 0, 1, 1, %34, %34;"
-                 : WGMMA_C8("=f")
-                 : "l"(a), "l"(b), "n"(transposed));
-}
-template <bool add, bool transposed>
-ATTENTION_DEVICE void wgmma(float (&c)[4][4], unsigned long long a, unsigned long long b) {
-  if constexpr (add)
-    asm volatile(WGMMA(32) "{" WGMMA_16 "}, %16, %17, 1, 1, 1, %18, %18;"
-                 : WGMMA_C4("+f", 0)
-                 : "l"(a), "l"(b), "n"(transposed));
-  else
-    asm volatile(WGMMA(32) "{" WGMMA_16 "}, %16, %17, 0, 1, 1, %18, %18;"
-                 : WGMMA_C4("=f", 0)
-                 : "l"(a), "l"(b), "n"(transposed));
-}
 // Several steps along k in one statement, since the compiler takes its time over statements with so many
 // operands. x and y are descriptors.
 #define WGMMA_STEPS(steps) "{ .reg .b64 x, y;\n" steps "}"
-#define WGMMA_ROWS(columns, c, a, b, by_a, by_b, add)                                              \
+#define WGMMA_PAIR(columns, c, a, b, by_a, by_b, add, transposed)                                  \
   "add.s64 x, " a ", " by_a "; add.s64 y, " b ", " by_b ";\n" WGMMA(columns) "{" c "}, x, y, " add \
-                                                                             ", 1, 1, 0, 0;\n"
-#define WGMMA_ROWS_4(columns, c, a, b, by_a, by_b, add)   \
-  WGMMA_ROWS(columns, c, a, b, by_a "+0", by_b "+0", add) \
-  WGMMA_ROWS(columns, c, a, b, by_a "+2", by_b "+2", "1") \
-  WGMMA_ROWS(columns, c, a, b, by_a "+4", by_b "+4", "1") \
-  WGMMA_ROWS(columns, c, a, b, by_a "+6", by_b "+6", "1")
-// c (64 x 128) = A B^T over the head dim, rows of both in panels that lie `panel` bytes apart.
-template <int panel>
+                                                                             ", 1, 1, " transposed ";\n"
+#define WGMMA_ROWS_4(columns, c, a, b, by_a, by_b, add)           \
+  WGMMA_PAIR(columns, c, a, b, by_a "+0", by_b "+0", add, "0, 0") \
+  WGMMA_PAIR(columns, c, a, b, by_a "+2", by_b "+2", "1", "0, 0") \
+  WGMMA_PAIR(columns, c, a, b, by_a "+4", by_b "+4", "1", "0, 0") \
+  WGMMA_PAIR(columns, c, a, b, by_a "+6", by_b "+6", "1", "0, 0")
+#define WGMMA_COLUMNS_8(columns, c, a, b)                 \
+  WGMMA_PAIR(columns, c, a, b, "0", "0", "0", "1, 1")     \
+  WGMMA_PAIR(columns, c, a, b, "128", "128", "1", "1, 1") \
+  WGMMA_PAIR(columns, c, a, b, "256", "256", "1", "1, 1") \
+  WGMMA_PAIR(columns, c, a, b, "384", "384", "1", "1, 1") \
+  WGMMA_PAIR(columns, c, a, b, "512", "512", "1", "1, 1") \
+  WGMMA_PAIR(columns, c, a, b, "640", "640", "1", "1, 1") \
+  WGMMA_PAIR(columns, c, a, b, "768", "768", "1", "1, 1") \
+  WGMMA_PAIR(columns, c, a, b, "896", "896", "1", "1, 1")
+// c (64 x 64 or 128) = A B^T over the head dim, rows of both in panels that lie `a_panel` and `b_panel` bytes
+// apart.
+template <int a_panel, int b_panel>
 ATTENTION_DEVICE void wgmma_rows(float (&c)[16][4], unsigned long long a, unsigned long long b) {
   if constexpr (kHeadDim == 128)
     asm volatile(WGMMA_STEPS(WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "0", "0", "0")
-                                 WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "%66", "%66", "1"))
+                                 WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "%66", "%67", "1"))
                  : WGMMA_C16("=f")
-                 : "l"(a), "l"(b), "n"(panel / 16));
+                 : "l"(a), "l"(b), "n"(a_panel / 16), "n"(b_panel / 16));
   else
     asm volatile(WGMMA_STEPS(WGMMA_ROWS_4(128, WGMMA_64, "%64", "%65", "0", "0", "0"))
                  : WGMMA_C16("=f")
                  : "l"(a), "l"(b));
 }
+template <int a_panel, int b_panel>
+ATTENTION_DEVICE void wgmma_rows(float (&c)[8][4], unsigned long long a, unsigned long long b) {
+  if constexpr (kHeadDim == 128)
+    asm volatile(WGMMA_STEPS(WGMMA_ROWS_4(64, WGMMA_32, "%32", "%33", "0", "0", "0")
+                                 WGMMA_ROWS_4(64, WGMMA_32, "%32", "%33", "%34", "%35", "1"))
+                 : WGMMA_C8("=f")
+                 : "l"(a), "l"(b), "n"(a_panel / 16), "n"(b_panel / 16));
+  else
+    asm volatile(WGMMA_STEPS(WGMMA_ROWS_4(64, WGMMA_32, "%32", "%33", "0", "0", "0"))
+                 : WGMMA_C8("=f")
+                 : "l"(a), "l"(b));
+}
+// c (64 x 32 or 64) = A^T B over 128 rows of both.
+ATTENTION_DEVICE void wgmma_columns(float (&c)[4][4], unsigned long long a, unsigned long long b) {
+  asm volatile(WGMMA_STEPS(WGMMA_COLUMNS_8(32, WGMMA_16, "%16", "%17")) : WGMMA_C4("=f", 0) : "l"(a), "l"(b));
+}
+ATTENTION_DEVICE void wgmma_columns(float (&c)[8][4], unsigned long long a, unsigned long long b) {
+  asm volatile(WGMMA_STEPS(WGMMA_COLUMNS_8(64, WGMMA_32, "%32", "%33")) : WGMMA_C8("=f") : "l"(a), "l"(b));
+}
 #define WGMMA_ADD(columns, c, a0, a1, a2, a3, b, by) \
   "add.s64 y, " b ", " by ";\n" WGMMA(columns) "{" c "}, {" a0 "," a1 "," a2 "," a3 "}, y, 1, 1, 1, 1;\n"
 #define WGMMA_A1(i) "r"(a[i].x[0]), "r"(a[i].x[1]), "r"(a[i].x[2]), "r"(a[i].x[3])
+#define WGMMA_A4 WGMMA_A1(0), WGMMA_A1(1), WGMMA_A1(2), WGMMA_A1(3)
 #define WGMMA_A8 \
   WGMMA_A1(0), WGMMA_A1(1), WGMMA_A1(2), WGMMA_A1(3), WGMMA_A1(4), WGMMA_A1(5), WGMMA_A1(6), WGMMA_A1(7)
 // clang-format off
@@ -162,24 +168,36 @@ ATTENTION_DEVICE void wgmma_add(float (&c)[8][4], const Quad (&a)[8], unsigned l
       : WGMMA_C8("+f")
       : WGMMA_A8, "l"(b));
 }
+// A is 64 x 64.
+ATTENTION_DEVICE void wgmma_add(float (&c)[16][4], const Quad (&a)[4], unsigned long long b) {
+  asm volatile(
+      WGMMA_STEPS(
+          WGMMA_ADD(128, WGMMA_64, "%64", "%65", "%66", "%67", "%80", "0")
+          WGMMA_ADD(128, WGMMA_64, "%68", "%69", "%70", "%71", "%80", "128")
+          WGMMA_ADD(128, WGMMA_64, "%72", "%73", "%74", "%75", "%80", "256")
+          WGMMA_ADD(128, WGMMA_64, "%76", "%77", "%78", "%79", "%80", "384"))
+      : WGMMA_C16("+f")
+      : WGMMA_A4, "l"(b));
+}
+ATTENTION_DEVICE void wgmma_add(float (&c)[8][4], const Quad (&a)[4], unsigned long long b) {
+  asm volatile(
+      WGMMA_STEPS(
+          WGMMA_ADD(64, WGMMA_32, "%32", "%33", "%34", "%35", "%48", "0")
+          WGMMA_ADD(64, WGMMA_32, "%36", "%37", "%38", "%39", "%48", "128")
+          WGMMA_ADD(64, WGMMA_32, "%40", "%41", "%42", "%43", "%48", "256")
+          WGMMA_ADD(64, WGMMA_32, "%44", "%45", "%46", "%47", "%48", "384"))
+      : WGMMA_C8("+f")
+      : WGMMA_A4, "l"(b));
+}
 // clang-format on
 #undef WGMMA_STEPS
-#undef WGMMA_ROWS
+#undef WGMMA_PAIR
 #undef WGMMA_ROWS_4
+#undef WGMMA_COLUMNS_8
 #undef WGMMA_ADD
 #undef WGMMA_A1
+#undef WGMMA_A4
 #undef WGMMA_A8
-// c += A B, A in registers, the rows of B (k) in shared memory.
-ATTENTION_DEVICE void wgmma(float (&c)[8][4], const Quad& a, unsigned long long b) {
-  asm volatile(WGMMA(64) "{" WGMMA_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-               : WGMMA_C8("+f")
-               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
-}
-ATTENTION_DEVICE void wgmma(float (&c)[16][4], const Quad& a, unsigned long long b) {
-  asm volatile(WGMMA(128) "{" WGMMA_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-               : WGMMA_C16("+f")
-               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
-}
 #undef WGMMA
 #undef WGMMA_16
 #undef WGMMA_32
