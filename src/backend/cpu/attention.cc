@@ -2,7 +2,8 @@
 // rows so that scores stay in L2: register-tiled products (attention_kernels-inl.h) with a two-pass softmax
 // between them. A thread works on one (batch, head), and every sum has a fixed order for any number of
 // threads. FLOPs: 4 * rows * visible keys * D. A mask is visited block by block from the plan's segments;
-// between the products and the softmax the tile interpreter (flex_tile-inl.h) turns scores into modded ones,
+// where it hides only some keys, the tile interpreter (flex_tile-inl.h) evaluates it before the products,
+// which leave out what no row of a tile sees. Between products and softmax it turns scores into modded ones,
 // -inf where forbidden. A forward of few query rows over many keys does not repay packing them: 2 .. 15 rows
 // and single rows read keys and values where they lie. Keys in pages are gathered first, so pages change no
 // bit. Arithmetic is f32; bf16 and f16 heads are converted as they are packed.
@@ -126,20 +127,29 @@ void plain_row(const HeadTask& task, Scratch& x) {
 
 // ---- any mask and mod -----------------------------------------------------------------------------------
 
-// The pieces of a block of query rows, with memory for their scores.
+// The pieces of a block of query rows, with memory for their scores, and what the mask shows of them.
 void make_pieces(const HeadTask& task, int64_t base, int64_t r0, int64_t rows, Scratch& x) {
   task.plan.segments(false, task.b, task.h, r0 / kForwardRows, x.segments);
   x.pieces.clear();
-  int64_t total = 0;
+  int64_t total = 0, bytes = 0, tiles = 0;
   for (const cpu::Segment& s : x.segments) {
-    x.pieces.push_back(
-        {{task.sizes, base, r0, rows, {s.keys.begin - base, s.keys.end - base}}, nullptr, s.masked});
-    total += rows * x.pieces.back().block.stride();
+    const Piece& piece = x.pieces.emplace_back(
+        Piece{{task.sizes, base, r0, rows, {s.keys.begin - base, s.keys.end - base}}, nullptr, s.masked});
+    total += rows * piece.block.stride();
+    if (!s.masked) continue;
+    bytes += rows * piece.row_bytes();
+    tiles += piece.n_tiles();
   }
   float* scores = x.s.reserve(total + kTileRows);
+  uint8_t* allowed = grown(x.allowed, bytes + kBitsRoom);
+  Range* shown = grown(x.shown, tiles);
   for (Piece& piece : x.pieces) {
     piece.scores = scores;
     scores += rows * piece.block.stride();
+    if (!piece.masked) continue;
+    x.hook.look(piece, allowed, shown);
+    allowed += rows * piece.row_bytes();
+    shown += piece.n_tiles();
   }
 }
 
@@ -230,16 +240,14 @@ void piece_values(const Piece& piece, const DirectKeys<T>& keys, int64_t d, cons
     const int64_t n = std::min(kChunk, block.part.end - j);
     float* slabs = x.v.reserve(n * width);
     pack_slabs(keys.v.data + j * keys.v.stride, keys.v.stride, n, d, slabs);
-    const Block chunk = {block.sizes, block.base + j, block.r0, block.rows, {0, n}};
-    // The chunk's weights stand in the piece's rows.
     for_each_group(d, [&](int64_t first, int64_t count) HWY_ATTR {
       for (int64_t r = 0; r < block.rows; r += kTileRows) {
-        const Range seen = intersection(chunk.tile(r), chunk.part);
+        const Range seen = intersection(block.tile(r), {j, j + n});
         if (empty(seen)) continue;
         const int64_t lanes = vector_lanes();
-        multiply<false>(count, {.a = piece.scores + r * stride + j - block.part.begin + seen.begin,
+        multiply<false>(count, {.a = piece.scores + r * stride + seen.begin - block.part.begin,
                                 .a_stride = stride,
-                                .b = slabs + (first * n + seen.begin * count) * lanes,
+                                .b = slabs + (first * n + (seen.begin - j) * count) * lanes,
                                 .b_stride = count * lanes,
                                 .c = out.data + r * out.stride + first * lanes,
                                 .c_stride = out.stride,
@@ -257,9 +265,9 @@ void modded_block(const HeadTask& task, const Keys& keys, int64_t base, int64_t 
                   Scratch& x) {
   const auto& [plan, tensors, b, h, sizes, lse] = task;
   const int64_t d = sizes.head_dim;
+  x.hook.rows(sizes.q_offset + r0, rows);
   make_pieces(task, base, r0, rows, x);
   const Rows q = rows_of<T>(tensors.q, b, r0, rows, h, d, x.q);
-  x.hook.rows(sizes.q_offset + r0, rows);
   for (const Piece& piece : x.pieces) {
     piece_scores(piece, q, keys, d);
     x.hook.apply(piece);
@@ -331,7 +339,7 @@ void forward_heads(const CpuAttentionPlan& plan, const AttentionTensors& tensors
     clear_rows<T>(tensors.out, b, {q_len, s.q_len}, h, s.head_dim);
     if (lse) std::fill(lse + q_len, lse + s.q_len, -std::numeric_limits<float>::infinity());
     if (q_len == 0) continue;
-    x.hook.start(plan, plan.forward(), b, h);
+    x.hook.start(plan, false, b, h);
     if (q_len > 1 && q_len * group >= kPackedRows) {
       packed_head<T>(task, i == begin || h % group == 0, x);
     } else {

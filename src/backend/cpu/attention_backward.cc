@@ -105,6 +105,26 @@ void softmax_backward(const Block& block, const float* lse, const float* delta, 
   }
 }
 
+// Of rows, those from the first tile that is shown some of the keys to the last.
+Range rows_shown(const Block& block, const Range& rows, const Range& keys) {
+  if (!block.shown || empty(rows)) return rows;
+  const auto blind = [&](int64_t tile) { return empty(intersection(block.shown[tile], keys)); };
+  int64_t first = rows.begin / kTileRows, last = (rows.end - 1) / kTileRows;
+  while (first <= last && blind(first)) ++first;
+  while (last > first && blind(last)) --last;
+  return intersection(rows, {first * kTileRows, (last + 1) * kTileRows});
+}
+
+// Zeros where a masked block's rows of weights were not computed, for sums over rows read them.
+void clear_hidden(const Block& block, float* scores) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const Range read = span_of(block, r).read;
+    float* p = scores + r * block.stride();
+    std::fill(p, p + read.begin, 0.0f);
+    std::fill(p + read.end, p + block.stride(), 0.0f);
+  }
+}
+
 // Adds a block's scores to dk and dv of their key head.
 void add_to_keys(const Block& block, const QueryRows& x, const float* scores, const float* dscores,
                  KeyHead& keys) {
@@ -112,13 +132,14 @@ void add_to_keys(const Block& block, const QueryRows& x, const float* scores, co
   const Range part = intersection(block.keys(), block.part);
   KeyTile tiles[kMostKeys / kTileRows + 2];
   int n_tiles = 0;
-  Range seen = {0, 0};  // rows that see some of the keys [j, j + kTileRows)
+  Range seen = {0, 0};  // rows to which the built-in mask shows some of the keys [j, j + kTileRows)
   for (int64_t j = part.begin / kTileRows * kTileRows; j < part.end; j += kTileRows) {
     const int64_t n = std::min<int64_t>(kTileRows, keys.n - j);
     while (seen.begin < block.rows && block.row(seen.begin).end <= j) ++seen.begin;
     while (seen.end < block.rows && block.row(seen.end).begin < j + n) ++seen.end;
-    if (empty(seen)) continue;
-    tiles[n_tiles++] = {j, n, seen, j < keys.written};
+    const Range rows = rows_shown(block, seen, {j, j + n});
+    if (empty(rows)) continue;
+    tiles[n_tiles++] = {j, n, rows, j < keys.written};
     keys.written = std::max(keys.written, j + kTileRows);
   }
   const std::span<const KeyTile> all(tiles, static_cast<size_t>(n_tiles));
@@ -244,9 +265,16 @@ void modded_rows(const KeyTask& task, int64_t h, const Block& rows, const QueryR
   const bool mask_only = is_mask_only(task.plan);
   for (const cpu::Segment& segment : x.segments) {
     for (int64_t j = segment.keys.begin; j < segment.keys.end; j += kTileKeys) {
-      const Block block = {rows.sizes, 0, r0, rows.rows, {j, std::min(j + kTileKeys, segment.keys.end)}};
+      Piece piece = {{rows.sizes, 0, r0, rows.rows, {j, std::min(j + kTileKeys, segment.keys.end)}},
+                     nullptr,
+                     segment.masked};
+      const Block& block = piece.block;
       float *scores = block.reserve(x.s), *dscores = block.reserve(x.ds);
-      const Piece piece = {block, scores, segment.masked};
+      piece.scores = scores;
+      if (piece.masked) {
+        x.hook.look(piece, grown(x.allowed, block.rows * piece.row_bytes() + kBitsRoom),
+                    grown(x.shown, piece.n_tiles()));
+      }
       multiply_scores(block, query.q, keys.k_panels, d, scores);
       multiply_scores(block, query.d_o, keys.v_panels, d, dscores);
       if (mask_only && !piece.masked) {
@@ -259,6 +287,10 @@ void modded_rows(const KeyTask& task, int64_t h, const Block& rows, const QueryR
           const ModdedRow row = {task, h, r0 + r, x.hook.exponent_scale(), lse[r], delta[r]};
           modded_row(row, m, piece, dscores, first, span, r, x);
         });
+      }
+      if (piece.masked) {
+        clear_hidden(block, scores);
+        clear_hidden(block, dscores);
       }
       multiply_weights(block, block.part, Chunk::added, dscores, keys.k_slabs, keys.n, d, nullptr, dq);
       add_to_keys(block, query, scores, dscores, keys);
@@ -335,7 +367,7 @@ void backward_key_head(const KeyTask& task, Scratch& x) {
     std::fill_n(keys.dv.data + t * keys.dv.stride, round_up(d, vector_lanes()), 0.0f);
   }
   for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-    if (plan.programmable()) x.hook.start(plan, plan.backward(), b, h);
+    if (plan.programmable()) x.hook.start(plan, true, b, h);
     const int64_t step = plan.programmable() ? kBackwardRows : kPlainRows;
     for (int64_t r0 = 0; r0 < q_len; r0 += step)
       backward_rows<T>(task, h, r0, std::min(step, q_len - r0), keys, x);

@@ -99,15 +99,20 @@ void put_rows(const Target& from, const HeadsView& view, int64_t b, int64_t begi
 // A block of query rows and the scores of a part of the keys, which are counted from the first packed one.
 struct Block {
   const RowSizes& sizes;
-  int64_t base;      // first packed key
-  int64_t r0, rows;  // query rows
-  Range part;        // keys of the scores, from a whole panel on
+  int64_t base;                  // first packed key
+  int64_t r0, rows;              // query rows
+  Range part;                    // keys of the scores, from a whole panel on
+  const Range* shown = nullptr;  // by a mask to some row of each tile; null: all keys
 
   Range from_base(const Range& x) const { return {x.begin - base, x.end - base}; }
-  // What row r sees, and what some row of all or of the tile that begins with row r sees.
+  // What the built-in mask shows to row r and to some row, and what some row of the tile that begins with row
+  // r sees.
   Range row(int64_t r) const { return from_base(sizes.visible(r0 + r)); }
   Range keys() const { return from_base(sizes.visible_block(r0, rows)); }
-  Range tile(int64_t r) const { return from_base(sizes.visible_block(r0 + r, tile_rows(r))); }
+  Range tile(int64_t r) const {
+    const Range seen = from_base(sizes.visible_block(r0 + r, tile_rows(r)));
+    return shown ? intersection(seen, shown[r / kTileRows]) : seen;
+  }
   int64_t tile_rows(int64_t r) const { return std::min<int64_t>(kTileRows, rows - r); }
 
   // Between rows of scores: an odd number of vectors, so that a column does not meet in few sets of the
@@ -209,10 +214,10 @@ inline Span span_of(const Block& block, int64_t r) {
     const Range y = intersection(x, block.part);
     return Range{y.begin - block.part.begin, y.end - block.part.begin};
   };
-  const Range tile = column(block.tile(r / kTileRows * kTileRows));
+  const Range seen = block.tile(r / kTileRows * kTileRows), tile = column(seen);
   if (empty(tile)) return {{0, 0}, {0, 0}};
   const int64_t step = std::max<int64_t>(vector_lanes(), kTileRows);
-  return {column(block.row(r)),
+  return {column(intersection(seen, block.row(r))),
           {tile.begin / step * step, std::min(block.stride(), round_up(tile.end, step))}};
 }
 
@@ -368,7 +373,17 @@ struct Piece {
   Block block;
   float* scores;
   bool masked;
+  // If masked, which keys each row may see: bits, a row's in whole vectors (TileHook::look).
+  const uint8_t* allowed = nullptr;
+
+  int64_t n_tiles() const { return (block.rows + kTileRows - 1) / kTileRows; }
+  static int64_t vector_bytes() { return (vector_lanes() + 7) / 8; }
+  int64_t row_bytes() const { return block.stride() / vector_lanes() * vector_bytes(); }
+  int64_t at(int64_t r, int64_t column) const {
+    return r * row_bytes() + column / vector_lanes() * vector_bytes();
+  }
 };
+constexpr int64_t kBitsRoom = 8;  // bytes that may be read and written past the last bits
 
 // Dropout of one query row (Philox4x32-10, as attention_dropout_bits).
 class DropoutRow {
@@ -451,73 +466,85 @@ HWY_INLINE int64_t dropout_room(int64_t n) { return round_up(n, 4 * vector_lanes
 // The programs of a plan on one head's tiles.
 class TileHook {
  public:
-  void start(const cpu::CpuAttentionPlan& plan, const cpu::CpuAttentionPlan::Programs& programs, int64_t b,
-             int64_t h) {
-    has_mod_ = plan.has_mod();
+  void start(const cpu::CpuAttentionPlan& plan, bool backward, int64_t b, int64_t h) {
     scale_ = static_cast<float>(plan.spec().scale);
     const RowSizes sizes = plan.row(b);
-    for (const bool masked : {false, true}) {
-      machine(masked).start(programs.at(masked), b, h, sizes.q_len, sizes.kv_len, scale_);
-    }
+    mask_.start(plan.mask(), b, h, sizes.q_len, sizes.kv_len, scale_);
+    mod_.start(plan.mod(backward), b, h, sizes.q_len, sizes.kv_len, scale_);
   }
   // What turns a score into the exponent of 2.
-  float exponent_scale() const { return has_mod_ ? kLog2E : scale_ * kLog2E; }
+  float exponent_scale() const { return mod_.has_program() ? kLog2E : scale_ * kLog2E; }
 
   void rows(int64_t first, int64_t n) {
-    for (const bool masked : {false, true}) {
-      if (machine(masked).has_program()) machine(masked).rows(first, n);
+    for (TileMachine* machine : {&mask_, &mod_}) {
+      if (machine->has_program()) machine->rows(first, n);
     }
+  }
+
+  // Of a masked piece, before its scores are computed: what the mask shows to each row, as bits, and to each
+  // tile of rows, in piece.block.shown. Bytes: rows * row_bytes() + kBitsRoom.
+  void look(Piece& piece, uint8_t* allowed, Range* shown) {
+    const Block& block = piece.block;
+    const int64_t n = block.part.end - block.part.begin, lanes = vector_lanes();
+    std::fill_n(shown, piece.n_tiles(), Range{n, 0});
+    for (int64_t first = 0; first < n; first += kTileKeys) {
+      const int64_t count = std::min(kTileKeys, n - first);
+      mask_.keys(block.base + block.part.begin + first, count);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        mask_.run(r, {0, round_up(count, lanes)}, nullptr);
+        const TileOperand mask = mask_.root(0);
+        Range& seen = shown[r / kTileRows];
+        for (int64_t i = 0; i < count; i += lanes) {
+          const auto bits = hn::MaskFromVec(mask.at(i));
+          hn::StoreMaskBits(F32(), bits, allowed + piece.at(r, first + i));
+          if (!hn::AllFalse(F32(), bits))
+            seen = {std::min(seen.begin, first + i), std::max(seen.end, std::min(n, first + i + lanes))};
+        }
+      }
+    }
+    for (int64_t t = 0; t < piece.n_tiles(); ++t)
+      shown[t] = {block.part.begin + shown[t].begin, block.part.begin + shown[t].end};
+    piece.allowed = allowed;
+    piece.block.shown = shown;
   }
 
   // Replaces the scores of a piece by modded ones, -inf where the mask forbids. fn(machine, row, first, span)
-  // runs after each row of each tile, whose keys begin at column `first` of the piece.
+  // runs after each row of each tile, whose keys begin at column `first` of the piece; the machine has run
+  // the mod.
   template <class Fn>
   void apply(const Piece& piece, const Fn& fn) {
-    TileMachine& m = machine(piece.masked);
     const Block& block = piece.block;
-    const int64_t n = block.part.end - block.part.begin;
+    const int64_t n = block.part.end - block.part.begin, lanes = vector_lanes();
     for (int64_t first = 0; first < n; first += kTileKeys) {
       const int64_t count = std::min(kTileKeys, n - first);
-      if (m.has_program()) m.keys(block.base + block.part.begin + first, count);
+      if (mod_.has_program()) mod_.keys(block.base + block.part.begin + first, count);
       for (int64_t r = 0; r < block.rows; ++r) {
         const Span whole = span_of(block, r);
-        const Range tile = {first, first + round_up(count, vector_lanes())};
+        const Range tile = {first, first + round_up(count, lanes)};
         const Span span = {intersection(whole.keys, tile), intersection(whole.read, tile)};
         if (empty(span.read)) continue;
         float* p = piece.scores + r * block.stride();
-        if (m.has_program()) {
-          const Range lanes = {span.read.begin - first, span.read.end - first};
-          m.run(r, lanes, p + first);
-          store_scores(m, piece.masked, lanes, p + first);
+        if (mod_.has_program()) {
+          mod_.run(r, {span.read.begin - first, span.read.end - first}, p + first);
+          const TileOperand modded = mod_.root(0);
+          for (int64_t i = span.read.begin; i < span.read.end; i += lanes)
+            hn::StoreU(modded.at(i - first), F32(), p + i);
         }
-        fn(m, r, first, span);
+        for (int64_t i = span.read.begin; piece.masked && i < span.read.end; i += lanes) {
+          const auto bits = hn::LoadMaskBits(F32(), piece.allowed + piece.at(r, i));
+          hn::StoreU(hn::IfThenElse(bits, hn::LoadU(F32(), p + i), minus_infinity()), F32(), p + i);
+        }
+        fn(mod_, r, first, span);
       }
     }
   }
   void apply(const Piece& piece) {
-    if (machine(piece.masked).has_program())
+    if (piece.masked || mod_.has_program())
       apply(piece, [](const TileMachine&, int64_t, int64_t, const Span&) {});
   }
 
  private:
-  TileMachine& machine(bool masked) { return machines_[masked ? 1 : 0]; }
-
-  void store_scores(const TileMachine& m, bool masked, const Range& keys, float* p) const {
-    const int64_t lanes = vector_lanes();
-    const TileOperand mod = has_mod_ ? m.root(0) : TileOperand{p, 1};
-    if (!masked) {
-      for (int64_t i = keys.begin; i < keys.end; i += lanes) hn::StoreU(mod.at(i), F32(), p + i);
-      return;
-    }
-    const TileOperand mask = m.root(m.program().roots.size() - 1);
-    for (int64_t i = keys.begin; i < keys.end; i += lanes) {
-      const auto allowed = hn::MaskFromVec(mask.at(i));
-      hn::StoreU(hn::IfThenElse(allowed, mod.at(i), minus_infinity()), F32(), p + i);
-    }
-  }
-
-  TileMachine machines_[2];
-  bool has_mod_ = false;
+  TileMachine mask_, mod_;
   float scale_ = 1;
 };
 
@@ -528,11 +555,20 @@ struct PageBuffer {
   std::vector<char> bytes;
 };
 
+// At least n elements, uninitialized or old.
+template <class T>
+T* grown(std::vector<T>& buffer, int64_t n) {
+  if (static_cast<int64_t>(buffer.size()) < n) buffer.resize(static_cast<size_t>(n));
+  return buffer.data();
+}
+
 struct Scratch {
   Buffer q, k, v, o, d_o, s, ds, q_slabs, k_slabs, do_slabs, dq, dk, dv, kept, row;
   PageBuffer k_rows, v_rows;
   std::vector<cpu::Segment> segments;
   std::vector<Piece> pieces;
+  std::vector<uint8_t> allowed;  // of the pieces
+  std::vector<Range> shown;
   TileHook hook;
 };
 // A thread keeps it from call to call (some MB): clearing fresh pages would cost a tenth of a call.

@@ -115,30 +115,13 @@ CpuAttentionPlan::CpuAttentionPlan(const AttentionShape& attention_shape, const 
         flex::build_block_mask(*spec().mask, spec().bindings, extent_, kForwardRows, kBlockKeys), extent_);
     backward_segments_ = forward_segments_.doubled(extent_);
   }
-  if (spec().mask || has_mod_) compile();
+  if (spec().mask) mask_.emplace(std::vector{*spec().mask}, spec().bindings);
+  if (has_mod_) compile_mod(spec().score_mod ? *spec().score_mod : flex::variables().score);
 }
 
-void CpuAttentionPlan::compile() {
+void CpuAttentionPlan::compile_mod(const flex::Expr& mod) {
   const AttentionSpec& s = spec();
-  const flex::Expr mod = s.score_mod ? *s.score_mod : flex::variables().score;
-  std::vector<flex::Expr> roots;
-  if (has_mod_) {
-    roots.push_back(mod);
-    forward_.free.emplace(roots, s.bindings);
-  }
-  if (s.mask) {
-    roots.push_back(*s.mask);
-    forward_.masked.emplace(roots, s.bindings);
-  }
-  if (has_mod_) {
-    compile_backward(mod);
-  } else {
-    backward_ = forward_;
-  }
-}
-
-void CpuAttentionPlan::compile_backward(const flex::Expr& mod) {
-  const AttentionSpec& s = spec();
+  forward_mod_.emplace(std::vector{mod}, s.bindings);
   std::vector<flex::Expr> roots = {mod, flex::score_derivative(mod)};
   const std::vector<flex::CaptureDerivative> derivatives = flex::capture_derivatives(mod);
   for (size_t i = 0; i < derivatives.size(); ++i) {
@@ -184,11 +167,7 @@ void CpuAttentionPlan::compile_backward(const flex::Expr& mod) {
         accesses.push_back({derivatives[i].access, c.strides});
     }
   }
-  backward_.free.emplace(roots, s.bindings, accesses);
-  if (s.mask) {
-    roots.push_back(*s.mask);
-    backward_.masked.emplace(roots, s.bindings, accesses);
-  }
+  backward_mod_.emplace(roots, s.bindings, accesses);
 }
 
 RowSizes CpuAttentionPlan::row(int64_t b) const {

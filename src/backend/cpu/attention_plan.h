@@ -102,17 +102,13 @@ class CpuAttentionPlan final : public AttentionPlan {
   // The segments of a block of kForwardRows or kBackwardRows queries, cut to what the built-in mask shows.
   void segments(bool backward, int64_t b, int64_t h, int64_t block, std::vector<Segment>& out) const;
 
-  // Programs for keys that all see and for those that need the mask. Roots: the modded score (absent without
-  // a mod), its derivative and those by captured tensors (backward only), the mask (if masked).
-  struct Programs {
-    std::optional<flex::TileProgram> free, masked;
-    const flex::TileProgram* at(bool is_masked) const {
-      const auto& program = is_masked ? masked : free;
-      return program ? &*program : nullptr;
-    }
-  };
-  const Programs& forward() const { return forward_; }
-  const Programs& backward() const { return backward_; }
+  // Programs, or null. Roots: the mask; the modded score, and for backward its derivative and those by
+  // captured tensors.
+  const flex::TileProgram* mask() const { return mask_ ? &*mask_ : nullptr; }
+  const flex::TileProgram* mod(bool backward) const {
+    const auto& program = backward ? backward_mod_ : forward_mod_;
+    return program ? &*program : nullptr;
+  }
   bool has_mod() const { return has_mod_; }
   const std::vector<CaptureGradient>& capture_gradients() const { return capture_gradients_; }
 
@@ -121,14 +117,13 @@ class CpuAttentionPlan final : public AttentionPlan {
   uint64_t dropout_threshold() const { return static_cast<uint64_t>(std::ceil(spec().dropout * 0x1p32)); }
 
  private:
-  void compile();
-  void compile_backward(const flex::Expr& mod);
+  void compile_mod(const flex::Expr& mod);
 
   flex::Extent extent_;
   std::string reason_;
   bool programmable_, has_mod_;
   SegmentLists forward_segments_, backward_segments_;
-  Programs forward_, backward_;
+  std::optional<flex::TileProgram> mask_, forward_mod_, backward_mod_;
   std::vector<CaptureGradient> capture_gradients_;
 };
 
