@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <fstream>
 #include <numbers>
+#include <sstream>
+#include <string_view>
 
 #include "backend/cuda/kernels/attention_params.cuh"
 #include "flex/derivative.h"
@@ -18,6 +20,7 @@
 #include "flex/parse.h"
 #include "support/temp_folder.h"
 #include "testing/random_expression.h"
+#include "testing/tensors.h"
 
 namespace flexchat::flex {
 namespace {
@@ -147,6 +150,18 @@ AttentionParams constants_of(const EmittedMod& mod) {
   return p;
 }
 
+void set_captures(AttentionParams& p, const std::vector<Capture>& captures, const Bindings& bindings) {
+  for (size_t i = 0; i < captures.size(); ++i) {
+    const Tensor& t = bindings.at(captures[i]);
+    p.captures[i].data = t.data();
+    long long stride = 1;
+    for (int axis = t.rank() - 1; axis >= 0; --axis) {
+      p.captures[i].stride[axis] = stride;
+      stride *= t.dim(axis);
+    }
+  }
+}
+
 bool has_compiler() { return std::system("c++ --version > /dev/null 2>&1") == 0; }
 
 // The program's meaning in f32: apply_op on f32 operands, rounded. (One rounding of a double sum, product,
@@ -265,15 +280,7 @@ struct Captured {
 
   AttentionParams params(const EmittedMod& mod) const {
     AttentionParams p = constants_of(mod);
-    for (size_t i = 0; i < mod.captures.size(); ++i) {
-      const Tensor& t = bindings.at(mod.captures[i]);
-      p.captures[i].data = t.data();
-      long long stride = 1;
-      for (int axis = t.rank() - 1; axis >= 0; --axis) {
-        p.captures[i].stride[axis] = stride;
-        stride *= t.dim(axis);
-      }
-    }
+    set_captures(p, mod.captures, bindings);
     return p;
   }
 
@@ -508,6 +515,58 @@ TEST(Emit, ModsAreDearFromThreeFunctionsAnElementOn) {
   EXPECT_FALSE(dear(exp(v.score) + log(exp(v.score))));                 // exp(score) is computed once
   EXPECT_TRUE(dear(log(sigmoid(v.score))));
   EXPECT_TRUE(dear(v.score + 1.0 * ((v.q - v.kv) % 3)));
+}
+
+// The lines of a text that begin so.
+std::vector<std::string> lines_of(const std::string& text, std::string_view start) {
+  std::vector<std::string> lines;
+  std::istringstream in(text);
+  for (std::string line; std::getline(in, line);) {
+    if (line.starts_with(start)) lines.push_back(line);
+  }
+  return lines;
+}
+
+// The section that mod_contract.cuh spells out is what is emitted for its expression, but for rounding.
+TEST(Emit, TheExampleOfTheContractIsASection) {
+  if (!has_compiler()) GTEST_SKIP() << "no C++ compiler named c++";
+  std::ifstream file(std::string(FLEXCHAT_TEST_DATA) + "/../../src/backend/cuda/kernels/mod_contract.cuh");
+  EmittedMod example;
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("#pragma") && !line.starts_with("#include")) example.text += line + '\n';
+  }
+  const auto [score, b, h, q, kv, n_q, n_kv] = variables();
+  const Capture kf("kf", {Axis::b, Axis::h, Axis::kv}, Type::number, true),
+      amp("amp", {Axis::b, Axis::h, Axis::kv}, Type::number, true),
+      prefix("prefix", {Axis::b}, Type::integer);
+  const EmittedMod emitted = emit_mod(
+      kv <= q || kv < prefix(b),
+      score + log(kf(b, h, kv) * sigmoid(score) * amp(b, h, kv) / 0.5 + 1e-6) - 0.1 * abs(q - kv) / n_kv);
+  EXPECT_EQ(lines_of(example.text, "#define MOD_"), lines_of(emitted.text, "#define MOD_"));
+
+  Rng rng(35);
+  Bindings bindings;
+  const Shape shape = {Captured::batch, Captured::heads, Captured::length};
+  bindings.set("kf", uniform_tensor(rng, shape, DType::f32, 0.5, 1.5));
+  bindings.set("amp", uniform_tensor(rng, shape, DType::f32, 0.5, 1.5));
+  bindings.set("prefix", Tensor::from<int32_t>(std::vector<int32_t>{5, 17}, {Captured::batch}, DType::i32));
+  const auto params_of = [&](const EmittedMod& mod, const std::vector<Capture>& captures) {
+    AttentionParams p = constants_of(mod);
+    set_captures(p, captures, bindings);
+    return p;
+  };
+  const AttentionParams params = params_of(example, {kf, amp, prefix}),
+                        emitted_params = params_of(emitted, emitted.captures);
+  const Compiled compiled({example, emitted});
+  ASSERT_TRUE(compiled.ok());
+  for (int round = 0; round < 500; ++round) {
+    const Point x = Captured::point(rng);
+    const Compiled::Result got = compiled.run(0, params, x), want = compiled.run(1, emitted_params, x);
+    EXPECT_EQ(got.out[0], want.out[0]);
+    for (const int i : {1, 2, 3, 4, 11})
+      EXPECT_NEAR(got.out[i], want.out[i], 1e-5f * (1 + std::abs(want.out[i]))) << i;
+    for (const int i : {0, 1}) EXPECT_EQ(got.index[i], want.index[i]);
+  }
 }
 
 TEST(Emit, WhatDoesNotDependOnTheElementIsHoisted) {
