@@ -8,7 +8,7 @@ The mod is the example of mod_contract.cuh: the Synaptic GPT's score mod with gr
 prefix mask. Prints milliseconds of CPU time, medians; with --against those of the kernels in another folder too, compiled
 in turn.
 """
-import argparse, ctypes, ctypes.util, glob, json, os, statistics, sys, time
+import argparse, ctypes, glob, json, os, statistics, sys, time
 
 DTYPES = {"f32": 0, "bf16": 1}
 

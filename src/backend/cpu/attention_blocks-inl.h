@@ -379,6 +379,7 @@ struct Piece {
   int64_t n_tiles() const { return (block.rows + kTileRows - 1) / kTileRows; }
   static int64_t vector_bytes() { return (vector_lanes() + 7) / 8; }
   int64_t row_bytes() const { return block.stride() / vector_lanes() * vector_bytes(); }
+  // Where the bits of row r from a vector's first column on begin.
   int64_t at(int64_t r, int64_t column) const {
     return r * row_bytes() + column / vector_lanes() * vector_bytes();
   }

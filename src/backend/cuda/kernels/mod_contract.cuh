@@ -29,7 +29,8 @@
 // A section defines all of these, whatever the mod (an empty struct and an unused function cost nothing):
 //   MOD_HAS_MASK, MOD_HAS_SCORE    0 or 1
 //   MOD_IS_DEAR                    0 or 1: does a score take three or more functions (exp, log, a division;
-//                                  sigmoid and tanh are two)? Tiles are then others (tiles.cuh)
+//                                  sigmoid and tanh are two; softplus, pow, // and % four)? Tiles are then
+//                                  others (tiles.cuh)
 //   MOD_N_CAPTURE_GRADS            number of accesses of differentiable captured tensors
 //   MOD_CAPTURE_GRAD_KINDS         one character for each access, as a string: what its index depends on
 //       'k'  kv and not q   'q'  q and not kv, or neither   'a'  both
